@@ -1,0 +1,237 @@
+"""One agent: its own data, weights and optimiser around its node. Still no network here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hdnn_dist.data import (
+    Part,
+    background,
+    epoch_order,
+    load_features,
+    load_labels,
+    shift_images,
+    shifts,
+)
+from hdnn_dist.errors import CheckpointError
+from hdnn_dist.integrator import roughness_gradient
+from hdnn_dist.job import Job
+from hdnn_dist.node import AgentNode, Exchange
+from hdnn_dist.optimization import build_optimizer, learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the root knows of a training step.
+
+    Attributes:
+        step: from 1.
+        loss: mean cross-entropy of the batch, in nats.
+        correct: how many of the batch were classified rightly.
+        samples: size of the batch.
+        lr: learning rate.
+        grad_norm: of all agents, before clipping; None without clipping.
+    """
+
+    step: int
+    loss: float
+    correct: int
+    samples: int
+    lr: float
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy (nats) and accuracy over a data set's part."""
+
+    loss: float
+    accuracy: float
+    samples: int
+
+
+class Agent:
+    """Agent `i` of a job.
+
+    Args:
+        job: the job.
+        i: which agent.
+    """
+
+    def __init__(self, job: Job, i: int) -> None:
+        self.job, self.i, self.name = job, i, job.topology.names[i]
+        self.view = job.views[i]
+        self.is_root = i == job.root
+        architecture = job.architecture
+        self.weights = {
+            name: nn.Parameter(value, requires_grad=name not in architecture.constants)
+            for name, value in architecture.initial(i, job.dtype).items()
+        }
+        # The node works in place on the parameters' storage; the optimiser sees its gradients.
+        self.node = AgentNode(
+            architecture, job.plan, i, {n: w.detach() for n, w in self.weights.items()}
+        )
+        for name, gradient in self.node.gradients.items():
+            self.weights[name].grad = gradient
+        self._mask = architecture.layer_mask(i)[:, None, :] if self.node.columns else None
+        self.optimizer = build_optimizer(
+            job.spec.training.optimizer, [w for w in self.weights.values() if w.requires_grad]
+        )
+        self._features: dict[Part, Tensor] = {}
+        self._labels: dict[Part, Tensor] = {}
+        self._order: tuple[int, Tensor] | None = None
+
+    # --- data: own columns, and at the root the labels -----------------------------------------
+
+    def features(self, part: Part) -> Tensor:
+        """Own columns of the training or test set, `(samples, F_i)`; loaded once."""
+        if part not in self._features:
+            columns = load_features(self.job.spec.data, part, self.view.columns)
+            self._features[part] = torch.from_numpy(columns).to(self.job.dtype)
+        return self._features[part]
+
+    def labels(self, part: Part) -> Tensor:
+        """The classes `(samples,)`, which only the root may ask for."""
+        assert self.is_root, f"labels are the root's, not {self.name}'s"
+        if part not in self._labels:
+            self._labels[part] = torch.from_numpy(load_labels(self.job.spec.data, part))
+        return self._labels[part]
+
+    def _batch(self, step: int) -> Tensor:
+        """Indices of the samples of a step (from 0): the same on every agent, from the seed."""
+        epoch, k = divmod(step, self.job.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(self.job.spec.training.seed, epoch, self.job.data.train)
+            self._order = epoch, torch.from_numpy(order)
+        return self._order[1][k * self.job.batch : (k + 1) * self.job.batch]
+
+    def _inputs(self, step: int, index: Tensor) -> Tensor:
+        """Own part of a batch, shifted if the spec says so, as columns `(F_i, B)`."""
+        x = self.features("train")[index]
+        training = self.job.spec.training
+        if training.shift and self.view.image is not None:
+            moves = shifts(training.seed, step, len(index), training.shift)
+            fill = background(self.job.spec.data.name)
+            x = torch.from_numpy(shift_images(x.numpy(), self.view.image, moves, fill))
+        return x.T
+
+    # --- what an agent does --------------------------------------------------------------------
+
+    def train_step(self, step: int) -> Exchange[StepResult | None]:
+        """Forward, loss at the root, backward, local optimiser step. `step` counts from 0."""
+        index = self._batch(step)
+        scores = yield from self.node.forward(self._inputs(step, index))
+        loss, correct, scores_bar = 0.0, 0, None
+        if self.is_root:
+            loss, correct, scores_bar = cross_entropy(scores, self.labels("train")[index])
+            scores_bar /= len(index)
+        yield from self.node.backward(scores_bar)
+        self._regularise()
+        norm = yield from self._clip()
+        lr = self._set_learning_rate(step)
+        self.optimizer.step()
+        if not self.is_root:
+            return None
+        return StepResult(step + 1, loss / len(index), correct, len(index), lr, norm)
+
+    def evaluate(self, part: Part, start: int, stop: int) -> Exchange[tuple[float, int] | None]:
+        """Summed loss and number of right answers over some samples; None but at the root."""
+        scores = yield from self.node.forward(self.features(part)[start:stop].T)
+        if not self.is_root:
+            return None
+        loss, correct, _ = cross_entropy(scores, self.labels(part)[start:stop])
+        return loss, correct
+
+    def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:
+        """Class probabilities `(B, C)` of own features of a batch; None but at the root."""
+        scores = yield from self.node.forward(x_BF.to(self.job.dtype).T)
+        return scores.T.softmax(1).numpy() if self.is_root else None
+
+    def _regularise(self) -> None:
+        """Add the gradient of `α h/2 Σ_j ‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²`: all of it local."""
+        if not (alpha := self.job.spec.training.alpha):
+            return
+        for name in ("Kp", "bp", "Kq", "bq"):
+            gradient = alpha * roughness_gradient(self.node.weights[name], self.job.spec.model.h)
+            if self._mask is not None and name.startswith("K"):
+                gradient *= self._mask
+            self.node.gradients[name] += gradient
+
+    def _clip(self) -> Exchange[float | None]:
+        """Scale the gradient to the norm of `clip_norm`, summed over all agents up a tree."""
+        if (limit := self.job.spec.training.clip_norm) is None:
+            return None
+        gradients = self.node.gradients.values()
+        square = torch.stack([g.square().sum() for g in gradients]).sum().reshape(1, 1)
+        square = yield from self.node.collect(self.job.plan.norm, square)
+        square = yield from self.node.spread(self.job.plan.norm, square)
+        norm = square.sqrt().item()
+        if norm > limit:
+            for gradient in gradients:
+                gradient *= limit / norm
+        return norm
+
+    def _set_learning_rate(self, step: int) -> float:
+        training = self.job.spec.training
+        lr = learning_rate(
+            training.schedule,
+            training.optimizer.lr,
+            step,
+            self.job.steps,
+            self.job.steps_per_epoch,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and optimiser state by name, for a checkpoint."""
+        tensors = {f"weights/{name}": w.detach() for name, w in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{name}/{key}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            CheckpointError: names, shapes or types are not this agent's.
+        """
+        for name, weight in self.weights.items():
+            value = tensors.get(f"weights/{name}")
+            if value is None or value.shape != weight.shape or value.dtype != weight.dtype:
+                got = "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
+                raise CheckpointError(
+                    f"agent {self.name!r}: {name} is {tuple(weight.shape)} of {weight.dtype} in "
+                    f"the spec, but the checkpoint holds {got}",
+                    "resume with the spec of the run",
+                )
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[f"weights/{name}"])
+        for name, weight in self.weights.items():
+            prefix = f"optimizer/{name}/"
+            state = {k[len(prefix) :]: v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+            if state:
+                self.optimizer.state[weight] = state
+            else:
+                self.optimizer.state.pop(weight, None)
+
+
+def cross_entropy(scores_CB: Tensor, labels_B: Tensor) -> tuple[float, int, Tensor]:
+    """Summed loss, number of right answers, and `∂(summed loss)/∂scores = softmax - onehot`."""
+    log_p = scores_CB.log_softmax(0)
+    loss = F.nll_loss(log_p.T, labels_B, reduction="sum")
+    bar = log_p.exp()
+    bar[labels_B, torch.arange(len(labels_B))] -= 1
+    return loss.item(), int((scores_CB.argmax(0) == labels_B).sum()), bar

@@ -1,0 +1,85 @@
+"""Every error that hdnn_dist raises on purpose.
+
+::
+
+    HdnnError
+    ├── UserError (ValueError)      something the user can mend; the command line exits with 2
+    │   ├── SpecError               a value in the YAML spec or in ``--set``; knows its place
+    │   ├── DataError               data files that are missing, damaged or do not fit the agents
+    │   ├── CheckpointError         a run directory or checkpoint that cannot be used
+    │   └── PlacementError          the cluster cannot hold the job
+    └── RunError (RuntimeError)     the job failed while running; the command line exits with 1
+        ├── AgreementError          the actors do not hold the same topology and plan
+        └── TransportError          a message could not be sent or received
+
+A message says what was given, what was expected and how to mend it. Our own bugs are
+``AssertionError``s and are never caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class HdnnError(Exception):
+    """Root of the tree above."""
+
+
+class UserError(HdnnError, ValueError):
+    """Something the user can mend.
+
+    Args:
+        problem: what was given and what was expected.
+        mend: how to put it right, as an instruction.
+    """
+
+    def __init__(self, problem: str, mend: str) -> None:
+        self.problem = problem
+        self.mend = mend
+        super().__init__(f"{problem}; {mend}")
+
+
+class SpecError(UserError):
+    """A value in a spec is wrong.
+
+    Args:
+        loc: path of the value in the spec, e.g. ``("topology", "edges", 3)``.
+        problem, mend: as in `UserError`.
+        where: the place in the file (``"ring.yaml:7"``) where it is known.
+    """
+
+    def __init__(
+        self, loc: Sequence[str | int], problem: str, mend: str, where: str | None = None
+    ) -> None:
+        super().__init__(problem, mend)
+        self.loc = tuple(loc)
+        self.where = where
+
+    def __str__(self) -> str:
+        path = ".".join(str(part) for part in self.loc)
+        place = ": ".join(part for part in (self.where, path) if part)
+        return f"{place}: {self.problem}; {self.mend}" if place else super().__str__()
+
+
+class DataError(UserError):
+    """Data files are missing, damaged, or do not fit the agents."""
+
+
+class CheckpointError(UserError):
+    """A run directory or checkpoint cannot be used."""
+
+
+class PlacementError(UserError):
+    """The cluster cannot hold the job."""
+
+
+class RunError(HdnnError, RuntimeError):
+    """The job failed while it was running."""
+
+
+class AgreementError(RunError):
+    """The actors do not hold the same topology and plan."""
+
+
+class TransportError(RunError):
+    """A message could not be sent or received; names the agents and the round."""

@@ -1,0 +1,208 @@
+"""The exchange plan: which message goes from whom to whom in which round. Pure data.
+
+A *round* is a set of messages that can all be under way at once, each along one link. Its
+*adjoint* is the same messages turned round, and that is the whole of distributed backpropagation:
+what was received becomes a cotangent to send, what arrives is added. With `K[i, l] ≠ 0` for an
+edge `l → i`::
+
+    states   l → i   q^l                    agent i forms Σ_l Kq[i, l] q^l
+    pull     i → l   Kq[i, l]ᵀ s^i          agent l sums;      pull   = states.adjoint
+    mix      l → i   z^l                    agent i forms Σ_l X[i, l] z^l
+    mix*     i → l   X[i, l]ᵀ z^i           agent l sums;      mix*   = mix.adjoint
+    collect  child → parent                 a parent sums the scores of its subtree
+    spread   parent → child                 the cotangent of the scores; spread = collect.adjoint
+
+A round without messages is not run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from hdnn_dist.architecture import Architecture
+from hdnn_dist.errors import SpecError
+from hdnn_dist.sparsity import BlockPattern
+from hdnn_dist.topology import Tree
+
+
+@dataclass(frozen=True)
+class Message:
+    """`rows` numbers per sample from agent `source` to agent `target`."""
+
+    source: int
+    target: int
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """Messages that travel at once. Compared by identity: a plan holds each of its rounds once.
+
+    Attributes:
+        name: what they are, for people.
+        messages: at most one per ordered pair of agents, sorted.
+        per_sample: whether a message has a column per sample of the batch, or one in all.
+    """
+
+    name: str
+    messages: tuple[Message, ...]
+    per_sample: bool = True
+    _turned: Round | None = field(default=None, repr=False)
+
+    @classmethod
+    def along(cls, name: str, pattern: BlockPattern, sizes: Sequence[int]) -> Round:
+        """Everybody gets the state of everybody that the pattern's row names: `l → i`, `d_l` rows."""
+        messages = (Message(l, i, sizes[l]) for i, l in pattern.entries if i != l)
+        return cls(name, tuple(sorted(messages, key=lambda m: (m.source, m.target))))
+
+    @cached_property
+    def adjoint(self) -> Round:
+        """The same messages from target to source."""
+        if self._turned is not None:
+            return self._turned
+        turned = (Message(m.target, m.source, m.rows) for m in self.messages)
+        name = self.name.removesuffix("*") if self.name.endswith("*") else self.name + "*"
+        return Round(
+            name,
+            tuple(sorted(turned, key=lambda m: (m.source, m.target))),
+            self.per_sample,
+            _turned=self,
+        )
+
+    @cached_property
+    def outbound(self) -> dict[int, tuple[Message, ...]]:
+        """Per agent, what it sends."""
+        return _grouped((m.source, m) for m in self.messages)
+
+    @cached_property
+    def inbound(self) -> dict[int, tuple[Message, ...]]:
+        """Per agent, what it receives."""
+        return _grouped((m.target, m) for m in self.messages)
+
+    def columns(self, batch: int) -> int:
+        """Columns of a message: the batch, or one."""
+        return batch if self.per_sample else 1
+
+    def numbers(self, batch: int) -> int:
+        """How many numbers the round moves."""
+        return sum(m.rows for m in self.messages) * self.columns(batch)
+
+
+def _grouped(pairs: Iterable[tuple[int, Message]]) -> dict[int, tuple[Message, ...]]:
+    groups: dict[int, list[Message]] = {}
+    for agent, message in pairs:
+        groups.setdefault(agent, []).append(message)
+    return {agent: tuple(messages) for agent, messages in groups.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rounds of a training step, computed once.
+
+    Attributes:
+        states: per layer, the round that brings the states of `T[j]`; its adjoint pulls back.
+        mix: the round along `R`.
+        collect: the rounds up the readout tree, the deepest level first.
+        norm: the rounds that sum one number over all agents, likewise; empty without clipping.
+    """
+
+    states: tuple[Round, ...]
+    mix: Round
+    collect: tuple[Round, ...]
+    norm: tuple[Round, ...] = ()
+
+    @classmethod
+    def of(cls, architecture: Architecture, norm_tree: Tree | None = None) -> Plan:
+        """The plan of an architecture.
+
+        Args:
+            architecture: patterns, sizes, readout tree.
+            norm_tree: a spanning tree over all agents if the gradient norm is to be clipped.
+
+        Raises:
+            SpecError: a message would use a link that the topology does not have.
+        """
+        patterns, sizes = architecture.patterns, architecture.patterns.sizes
+        along_T = {
+            T: Round.along("states", T, sizes) for T in dict.fromkeys(patterns.T)
+        }
+        plan = cls(
+            states=tuple(along_T[T] for T in patterns.T),
+            mix=Round.along("mix", patterns.R, sizes),
+            collect=_up(architecture.tree, "collect", architecture.classes, per_sample=True),
+            norm=_up(norm_tree, "norm", 1, per_sample=False) if norm_tree else (),
+        )
+        for phase in dict.fromkeys(plan.training_step):
+            for m in phase.messages:
+                if (m.target, m.source) not in patterns.S:
+                    source, target = architecture.names[m.source], architecture.names[m.target]
+                    raise SpecError(
+                        ("topology", "links"),
+                        f"training sends a message ({phase.name}) from {source!r} to {target!r}, "
+                        "but no link leads that way",
+                        f"add the edge [{source}, {target}] or set topology.links: two-way",
+                    )
+        return plan
+
+    def half_step(self, layer: int, state: Literal["p", "q"]) -> tuple[Round, ...]:
+        """The rounds that update one state (forward): states, pull, and along `R`."""
+        states = self.states[layer]
+        along_R = self.mix if state == "q" else self.mix.adjoint
+        return _run(states, states.adjoint, along_R)
+
+    def half_step_adjoint(self, layer: int, state: Literal["p", "q"]) -> tuple[Round, ...]:
+        """The adjoints of the rounds of `half_step`, in reverse."""
+        return tuple(phase.adjoint for phase in reversed(self.half_step(layer, state)))
+
+    @cached_property
+    def forward(self) -> tuple[Round, ...]:
+        """The rounds from the inputs to the scores at the root."""
+        layers = range(len(self.states))
+        body = (r for j in layers for state in ("p", "q") for r in self.half_step(j, state))  # type: ignore[arg-type]
+        return (*body, *_run(*self.collect))
+
+    @cached_property
+    def backward(self) -> tuple[Round, ...]:
+        """The adjoint of each round of `forward`, in reverse."""
+        return tuple(phase.adjoint for phase in reversed(self.forward))
+
+    @cached_property
+    def training_step(self) -> tuple[Round, ...]:
+        """Every round of one optimiser step, in the order in which it runs."""
+        norm = _run(*self.norm)
+        return (*self.forward, *self.backward, *norm, *(r.adjoint for r in reversed(norm)))
+
+    def traffic(self, rounds: Iterable[Round], batch: int, itemsize: int) -> dict[tuple[int, int], int]:
+        """Bytes from agent to agent that the given rounds move."""
+        sent: dict[tuple[int, int], int] = {}
+        for phase in rounds:
+            for m in phase.messages:
+                size = m.rows * phase.columns(batch) * itemsize
+                sent[m.source, m.target] = sent.get((m.source, m.target), 0) + size
+        return sent
+
+    def digest(self) -> str:
+        """SHA-256 of the sequence of rounds: equal for actors that can work together."""
+        kinds = {phase: k for k, phase in enumerate(dict.fromkeys(self.training_step))}
+        text = repr((list(kinds), [kinds[phase] for phase in self.training_step]))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _run(*rounds: Round) -> tuple[Round, ...]:
+    """Those that have messages."""
+    return tuple(phase for phase in rounds if phase.messages)
+
+
+def _up(tree: Tree, name: str, rows: int, per_sample: bool) -> tuple[Round, ...]:
+    return tuple(
+        Round(
+            name,
+            tuple(sorted((Message(c, p, rows) for c, p in level), key=lambda m: (m.source, m.target))),
+            per_sample,
+        )
+        for level in tree.levels
+    )

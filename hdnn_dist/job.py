@@ -1,0 +1,204 @@
+"""A job: a spec whose parts have been shown to fit one another, with all that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from hdnn_dist.architecture import Architecture
+from hdnn_dist.data import DataInfo, View, describe, split_features
+from hdnn_dist.errors import SpecError
+from hdnn_dist.exchange import Plan
+from hdnn_dist.sparsity import patterns_of
+from hdnn_dist.spec import IndexSplit, Source, Spec, read_spec
+from hdnn_dist.topology import Topology, Tree, resolve
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything known before the first actor starts, the same in every process.
+
+    Attributes:
+        spec: resolved: all agents and edges written out.
+        topology: who may talk to whom.
+        data: sizes of the data set.
+        views: per agent, what it sees of a sample.
+        architecture: the network on the graph.
+        plan: the rounds of a training step.
+    """
+
+    spec: Spec
+    topology: Topology
+    data: DataInfo
+    views: tuple[View, ...]
+    architecture: Architecture
+    plan: Plan
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Job:
+        """Read a spec file; None is the embedded default (8 agents on a ring, digits).
+
+        Args:
+            path: a YAML file.
+            overrides: `"section.key=value"`, as for `--set`.
+
+        Raises:
+            SpecError: with the place in the file.
+        """
+        file = None if path is None else Path(path)
+        spec, source = read_spec(file, overrides)
+        return cls.of(spec, base=None if file is None else file.parent, source=source)
+
+    @classmethod
+    def of(cls, spec: Spec, base: Path | None = None, source: Source | None = None) -> Job:
+        """Fit the parts of a spec together.
+
+        Args:
+            spec: any valid spec.
+            base: where the graph files it names are found.
+            source: tells the place in the file for errors.
+
+        Raises:
+            SpecError: the graph, the data and the model do not fit one another.
+        """
+        try:
+            return cls._fit(resolve(spec, base))
+        except SpecError as error:
+            if error.where is None and source is not None:
+                error.where = source.locate(error.loc)
+            raise
+
+    @classmethod
+    def _fit(cls, spec: Spec) -> Job:
+        topology = Topology.from_spec(spec.topology)
+        data = describe(spec.data)
+        views = split_features(spec.data, data, topology.names)
+        readers, tree = _readout(spec, topology)
+        _check_views(spec, topology, views)
+        enters = spec.data.split.enter if isinstance(spec.data.split, IndexSplit) else {}
+        architecture = Architecture(
+            names=topology.names,
+            patterns=patterns_of(topology, spec),
+            columns=tuple(view.columns for view in views),
+            features=data.features,
+            classes=data.classes,
+            readers=readers,
+            tree=tree,
+            h=spec.model.h,
+            activation=spec.model.activation,
+            encoder=spec.model.encoder,
+            enter=tuple(enters.get(name, "p") for name in topology.names),
+            train_X=spec.model.train_J,
+            seed=spec.training.seed,
+        )
+        norm_tree = None
+        if spec.training.clip_norm is not None:
+            try:
+                norm_tree = topology.spanning_tree(tree.root)
+            except SpecError as error:
+                raise SpecError(
+                    ("training", "clip_norm"),
+                    f"the norm is summed over all agents, but {error.problem}",
+                    "connect them or leave clip_norm out",
+                ) from None
+        return cls(spec, topology, data, views, architecture, Plan.of(architecture, norm_tree))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and messages."""
+        return torch.float64 if self.spec.training.dtype == "float64" else torch.float32
+
+    @property
+    def root(self) -> int:
+        """The agent that holds the labels."""
+        return self.architecture.tree.root
+
+    @property
+    def batch(self) -> int:
+        """Samples a step: the batch size, or the whole training set if that is smaller."""
+        return min(self.spec.training.batch_size, self.data.train)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the training set; what is left over differs from epoch to epoch."""
+        return self.data.train // self.batch
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.spec.training.epochs * self.steps_per_epoch
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over topology, plan, views and training: equal for actors that can co-operate."""
+        parts = (
+            self.topology.digest(),
+            self.plan.digest(),
+            repr(self.views),
+            self.spec.model.model_dump_json(),
+            self.spec.data.model_dump_json(exclude={"dir"}),
+            self.spec.training.model_dump_json(),
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _readout(spec: Spec, topology: Topology) -> tuple[tuple[int, ...], Tree]:
+    """Who contributes to the scores, and the tree that sums them."""
+    readout = spec.model.readout
+    loc = ("model", "readout")
+
+    def index(name: str, *place: str | int) -> int:
+        try:
+            return topology.index(name)
+        except SpecError as error:
+            raise SpecError((*loc, *place), error.problem, error.mend) from None
+
+    if readout.agents == "all":
+        readers = tuple(range(len(topology.agents)))
+    elif not readout.agents:
+        raise SpecError(
+            (*loc, "agents"), "no agent contributes to the scores", "name at least one, or say all"
+        )
+    else:
+        readers = tuple(index(name, "agents", k) for k, name in enumerate(readout.agents))
+        for k, reader in enumerate(readers):
+            if reader in readers[:k]:
+                raise SpecError(
+                    (*loc, "agents", k), f"{readout.agents[k]!r} is named twice", "name it once"
+                )
+    if readout.root is not None:
+        root = index(readout.root, "root")
+    else:
+        root = topology.centre() if readout.agents == "all" else readers[0]
+    return readers, topology.spanning_tree(root, readers)
+
+
+def _check_views(spec: Spec, topology: Topology, views: Sequence[View]) -> None:
+    """What the data asks of the model."""
+    split = spec.data.split
+    if isinstance(split, IndexSplit) and split.enter and spec.model.encoder != "pad":
+        raise SpecError(
+            ("data", "split", "enter"),
+            "entry states are for the encoder pad, but model.encoder is linear, which fills both",
+            "set model.encoder to pad or leave enter out",
+        )
+    for name, d, view in zip(topology.names, topology.sizes, views, strict=True):
+        seen = len(view.columns)
+        if spec.model.encoder == "pad" and seen > d:
+            raise SpecError(
+                ("model", "encoder"),
+                f"pad copies the {seen} features of agent {name!r} into a state of size d = {d}",
+                f"give {name!r} d >= {seen}, fewer features, or use the encoder linear",
+            )
+        if spec.training.shift and seen and view.image is None:
+            raise SpecError(
+                ("training", "shift"),
+                f"what agent {name!r} sees is not a rectangle of an image and cannot be shifted",
+                "use data.split kind patches or stripes, or set shift to 0",
+            )
