@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -279,11 +280,12 @@ def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
     mend = f"write it with numpy.save as an array of numbers of shape {wanted}"
     try:
         raw = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, OverflowError) as error:
+    except Exception as error:  # a damaged header can raise whatever Python's tokenizer does
         raise DataError(f"{path} cannot be read as an .npy file: {error}", mend) from error
     if raw.dtype.kind not in "uif" or raw.shape[1:] not in shapes or not len(raw):
         raise DataError(f"{path} holds {raw.dtype} of shape {raw.shape}", mend)
-    x_BF = raw[:, *np.unravel_index(np.asarray(columns, np.intp), raw.shape[1:])]
+    pixels: Sequence[Any] = np.unravel_index(np.asarray(columns, np.intp), raw.shape[1:])
+    x_BF: Array = raw[(..., *pixels)]
     white = PIXELS.get(spec.name, (math.inf,))[0]
     low = 0.0 if info.image else -math.inf
     if not (np.isfinite(x_BF) & (x_BF >= low) & (x_BF <= white)).all():

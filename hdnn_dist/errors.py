@@ -36,7 +36,10 @@ class UserError(HdnnError, ValueError):
     def __init__(self, problem: str, mend: str) -> None:
         self.problem = problem
         self.mend = mend
-        super().__init__(f"{problem}; {mend}")
+        super().__init__(problem, mend)  # as given, so that it travels between processes whole
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.mend}"
 
 
 class SpecError(UserError):
@@ -54,6 +57,7 @@ class SpecError(UserError):
         super().__init__(problem, mend)
         self.loc = tuple(loc)
         self.where = where
+        self.args = (self.loc, problem, mend, where)
 
     def __str__(self) -> str:
         path = ".".join(str(part) for part in self.loc)

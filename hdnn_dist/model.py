@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import cast
 
 import torch
@@ -24,6 +25,8 @@ class HDNN(nn.Module):
         dtype: of the weights.
     """
 
+    bp: Tensor
+
     def __init__(self, architecture: Architecture, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.architecture = architecture
@@ -31,30 +34,30 @@ class HDNN(nn.Module):
         agents = range(len(architecture.names))
         weights = architecture.assemble({i: architecture.initial(i, dtype) for i in agents})
         masks = architecture.assemble({i: _ownership(architecture, i) for i in agents})
+        self.encoder, self.readout = nn.Module(), nn.Module()
         for name, value in weights.items():
-            key = name.replace(".", "_")
+            module, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(module)
             if name in architecture.constants:
-                self.register_buffer(key, value)
+                owner.register_buffer(leaf, value)
             else:
-                self.register_parameter(key, nn.Parameter(value))
-            self.register_buffer("mask_" + key, masks[name].to(dtype), persistent=False)
+                owner.register_parameter(leaf, nn.Parameter(value))
+            owner.register_buffer(leaf + "_mask", masks[name].to(dtype), persistent=False)
 
     def weight(self, name: str) -> Tensor:
         """A masked dense weight by its name, e.g. `"Kp"` or `"readout.weight"`."""
-        key = name.replace(".", "_")
-        return cast(Tensor, getattr(self, key) * getattr(self, "mask_" + key))
+        return cast(Tensor, attrgetter(name)(self) * attrgetter(name + "_mask")(self))
 
-    @property
-    def X(self) -> Tensor:
+    def coupling(self) -> Tensor:
         """`X (n, n)`; the identity unless the graph or training enters it."""
         if self.architecture.has_X:
             return self.weight("X")
-        return torch.eye(self.architecture.n, dtype=self.weight("bp").dtype)
+        return torch.eye(self.architecture.n, dtype=self.bp.dtype, device=self.bp.device)
 
     @property
     def J(self) -> Tensor:
         """`J = [[0, -Xᵀ], [X, 0]]`, shape `(2n, 2n)`."""
-        return skew(self.X)
+        return skew(self.coupling())
 
     def encode(self, x: Tensor) -> Tensor:
         """Input `(B, F)` to the first state `y = [p; q]`, `(B, 2n)`."""
@@ -63,7 +66,7 @@ class HDNN(nn.Module):
     def propagate(self, y: Tensor) -> list[Tensor]:
         """The states `y_0 … y_N`, each `(B, 2n)`."""
         Kp, bp, Kq, bq = (self.weight(name) for name in ("Kp", "bp", "Kq", "bq"))
-        X, states = self.X, [y]
+        X, states = self.coupling(), [y]
         p, q = y.chunk(2, dim=-1)
         for j in range(self.architecture.patterns.layers):
             p, q = self.scheme.step(p, q, Kp[j], bp[j], Kq[j], bq[j], X)

@@ -18,8 +18,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import networkx as nx
 import numpy as np
@@ -27,6 +28,7 @@ import numpy as np
 from hdnn_dist.errors import SpecError
 from hdnn_dist.spec import (
     AGENT_NAME,
+    NAME_RULE,
     AgentSpec,
     EdgeList,
     Edges,
@@ -38,6 +40,7 @@ from hdnn_dist.spec import (
     did_you_mean,
 )
 
+Graph: TypeAlias = "nx.Graph[Any]"
 Pairs = tuple[tuple[int, int], ...]
 Loc = tuple[str | int, ...]
 
@@ -92,14 +95,13 @@ class Topology:
         Raises:
             SpecError: as `resolve` does.
         """
-        spec = _resolve_topology(spec, Path())
-        agents = tuple(agent for agent in spec.agents if isinstance(agent, AgentSpec))  # type: ignore[union-attr]
-        edges = _dependencies([a.name for a in agents], spec.edges, spec.directed)
-        return cls(spec.name, agents, edges, spec.directed, spec.links == "two-way")
+        agents, edges = _resolve_topology(spec, Path())
+        pairs = _dependencies([agent.name for agent in agents], edges, spec.directed)
+        return cls(spec.name, tuple(agents), pairs, spec.directed, spec.links == "two-way")
 
     @classmethod
     def from_graph(
-        cls, graph: nx.Graph, d: int = 8, name: str = "topology", two_way: bool = True
+        cls, graph: Graph, d: int = 8, name: str = "topology", two_way: bool = True
     ) -> Topology:
         """The topology of a networkx graph, directed or not.
 
@@ -111,7 +113,7 @@ class Topology:
         graph = _simple(graph)
         agents = tuple(_agents_of(graph, d, ("topology", "agents")))
         names = [agent.name for agent in agents]
-        edges = [(_name(l), _name(i)) for l, i in graph.edges]
+        edges = [(_name(u), _name(v)) for u, v in graph.edges]
         pairs = _dependencies(names, edges, graph.is_directed())
         return cls(name, agents, pairs, graph.is_directed(), two_way)
 
@@ -140,20 +142,20 @@ class Topology:
         return {name: i for i, name in enumerate(self.names)}
 
     @cached_property
-    def digraph(self) -> nx.DiGraph:
+    def digraph(self) -> nx.DiGraph[int]:
         """The dependencies as a graph on 0 … M-1."""
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_nodes_from(range(len(self.agents)))
         graph.add_edges_from(self.edges)
         return graph
 
     @cached_property
-    def links(self) -> nx.Graph:
+    def links(self) -> nx.Graph[int]:
         """Pairs that can talk both ways: all edges, or with one-way links those that are mutual."""
         return self.digraph.to_undirected(reciprocal=not self.two_way)
 
     @cached_property
-    def _undirected(self) -> nx.Graph:
+    def _undirected(self) -> nx.Graph[int]:
         return self.digraph.to_undirected()
 
     @property
@@ -189,13 +191,16 @@ class Topology:
         In a graph of several pieces, of the largest piece. Beyond 256 agents it is the middle of a
         long shortest path (double sweep): exact on trees, near the centre elsewhere.
         """
-        piece = max(nx.connected_components(self.links), key=lambda nodes: (len(nodes), -min(nodes)))
-        graph = self.links.subgraph(piece)
+        pieces = nx.connected_components(self.links)
+        piece = max(pieces, key=lambda nodes: (len(nodes), -min(nodes)))
+        graph = self.links.subgraph(piece).copy()
         if len(piece) <= _EXACT_CENTRE:
-            eccentricity = nx.eccentricity(graph)
+            eccentricity: dict[int, int] = nx.eccentricity(graph)  # type: ignore[assignment]
             return min(piece, key=lambda node: (eccentricity[node], node))
-        far = list(nx.single_source_shortest_path_length(graph, min(piece)))[-1]
-        path: list[int] = list(nx.single_source_shortest_path(graph, far).values())[-1]
+        start, end = min(piece), min(piece)
+        for _ in range(2):  # breadth first: the last node is a furthest one
+            start, end = end, list(nx.single_source_shortest_path_length(graph, end))[-1]
+        path: list[int] = nx.shortest_path(graph, start, end)
         return path[len(path) // 2]
 
     def spanning_tree(self, root: int, nodes: Iterable[int] | None = None) -> Tree:
@@ -211,8 +216,7 @@ class Topology:
         wanted = set(range(len(self.agents)) if nodes is None else nodes)
         # Sorted neighbours make the tree a function of the graph alone, whatever its history.
         up = {
-            child: parent
-            for parent, child in nx.bfs_edges(self.links, root, sort_neighbors=sorted)
+            child: parent for parent, child in nx.bfs_edges(self.links, root, sort_neighbors=sorted)
         }
         if lost := sorted(wanted - up.keys() - {root}):
             shown = ", ".join(self.names[i] for i in lost[:5]) + (", …" if len(lost) > 5 else "")
@@ -268,18 +272,15 @@ def resolve(spec: Spec, base: Path | None = None) -> Spec:
             a generator or file that cannot be used or contradicts ``topology.directed``.
     """
     base = base or Path()
-    topology = _resolve_topology(spec.topology, base)
-    names = [agent.name for agent in topology.agents if isinstance(agent, AgentSpec)]  # type: ignore[union-attr]
+    agents, edges = _resolve_topology(spec.topology, base)
+    topology = spec.topology.model_copy(update={"agents": agents, "edges": edges})
     model = spec.model
     if model.layer_graphs is not None:
+        names, directed = [agent.name for agent in agents], topology.directed
         layers = [
-            entry
-            if isinstance(entry, str)
-            else LayerGraph(
-                edges=_layer_pairs(
-                    entry.edges, names, topology.directed, base, ("model", "layer_graphs", k, "edges")
-                )
-            )
+            LayerGraph(edges=_layer_pairs(k, entry.edges, names, directed, base))
+            if isinstance(entry, LayerGraph)
+            else entry
             for k, entry in enumerate(model.layer_graphs)
         ]
         model = model.model_copy(update={"layer_graphs": layers})
@@ -287,7 +288,7 @@ def resolve(spec: Spec, base: Path | None = None) -> Spec:
 
 
 def layer_edges(spec: Spec) -> tuple[Pairs, ...] | None:
-    """Dependencies ``(l, i)`` of every entry of a resolved ``model.layer_graphs``, None if unset."""
+    """Dependencies ``(l, i)`` of each entry of a resolved ``model.layer_graphs``; None if unset."""
     if spec.model.layer_graphs is None:
         return None
     topology = Topology.from_spec(spec.topology)
@@ -301,70 +302,76 @@ def layer_edges(spec: Spec) -> tuple[Pairs, ...] | None:
     return tuple(pairs(k, entry) for k, entry in enumerate(spec.model.layer_graphs))
 
 
-def _resolve_topology(spec: TopologySpec, base: Path) -> TopologySpec:
+def _resolve_topology(spec: TopologySpec, base: Path) -> tuple[list[AgentSpec], EdgeList]:
     graph = None
     if not isinstance(spec.edges, list):
         graph = _graph(spec.edges, spec.directed, base, ("topology", "edges"))
-    agents = [
-        agent.model_copy(update={"d": agent.d or spec.d}) for agent in _agents(spec, graph)
-    ]
+    agents = [agent.model_copy(update={"d": agent.d or spec.d}) for agent in _agents(spec, graph)]
     names = [agent.name for agent in agents]
     _check_names(names)
-    edges = spec.edges if graph is None else _named_edges(graph, spec.edges, names)
+    edges = _named_edges(graph, spec.edges, names)
     _dependencies(names, edges, spec.directed)
-    return spec.model_copy(update={"agents": agents, "edges": edges})
+    return agents, edges
 
 
-def _agents(spec: TopologySpec, graph: nx.Graph | None) -> list[AgentSpec]:
+def _agents(spec: TopologySpec, graph: Graph | None) -> list[AgentSpec]:
     """The agents of `spec`, or of its graph; see the table in `resolve`."""
     loc = ("topology", "agents")
-    given = spec.agents
-    if isinstance(given, list):
+    given: int | list[AgentSpec] | None = None
+    if isinstance(spec.agents, list):
+        given = [AgentSpec(name=a) if isinstance(a, str) else a for a in spec.agents]
         if not given:
             raise SpecError(loc, "an empty list of agents", "name at least one agent")
-        given = [AgentSpec(name=a) if isinstance(a, str) else a for a in given]
-    elif given is not None and given > MAX_AGENTS:
-        raise SpecError(loc, f"{given} agents", f"use at most {MAX_AGENTS}")
-    if graph is None:
-        assert isinstance(spec.edges, list)
+    elif spec.agents is not None:
+        given = spec.agents
+        if given > MAX_AGENTS:
+            raise SpecError(loc, f"{given} agents given", f"use at most {MAX_AGENTS}")
+    if isinstance(spec.edges, list):
         if given is None:
-            if not spec.edges:
-                raise SpecError(
-                    ("topology",), "neither agents nor edges are given", "say `agents: 8`, or list them"
-                )
-            given = [AgentSpec(name=n) for n in dict.fromkeys(n for edge in spec.edges for n in edge)]
+            given = [AgentSpec(name=n) for n in dict.fromkeys(chain.from_iterable(spec.edges))]
+            if not given:
+                mend = "say `agents: 8`, list them, or give edges"
+                raise SpecError(("topology",), "there are no agents", mend)
         return _numbered(given) if isinstance(given, int) else given
-    if isinstance(spec.edges, GeneratedEdges):
-        own, source = _numbered(len(graph)), spec.edges.generator
+    assert graph is not None
+    if isinstance(spec.edges, FileEdges):
+        source = spec.edges.file
+        own = _agents_of(graph, None, ("topology", "edges", "file"))
+        if isinstance(given, list):
+            return _by_name(given, own, source)
     else:
-        own, source = _agents_of(graph, None, ("topology", "edges", "file")), spec.edges.file  # type: ignore[union-attr]
+        source = spec.edges.generator
+        own = _numbered(len(graph))
     if given is None:
         return own
     count = given if isinstance(given, int) else len(given)
-    if isinstance(given, list) and isinstance(spec.edges, FileEdges):
-        sizes = {agent.name: agent.d for agent in own}
-        for k, agent in enumerate(given):
-            if agent.name not in sizes:
-                raise _unknown(agent.name, sizes, (*loc, k), f"node of {source}")
-        if missing := sizes.keys() - {agent.name for agent in given}:
-            raise SpecError(
-                loc, f"{min(missing)} of {source} is not among the agents", "add it, or drop `agents`"
-            )
-        return [agent.model_copy(update={"d": agent.d or sizes[agent.name]}) for agent in given]
-    if count != len(graph):
+    if count != len(own):
         raise SpecError(
             loc,
-            f"{count} agents, but {source} gives {len(graph)} nodes",
+            f"{count} agents given, but {source} has {len(own)} nodes",
             "make the numbers agree, or drop `agents`",
         )
     return own if isinstance(given, int) else given
+
+
+def _by_name(given: Sequence[AgentSpec], own: Sequence[AgentSpec], source: str) -> list[AgentSpec]:
+    """The listed agents, which must be just the nodes of the file, with the file's sizes."""
+    loc = ("topology", "agents")
+    sizes = {agent.name: agent.d for agent in own}
+    for k, agent in enumerate(given):
+        if agent.name not in sizes:
+            raise _unknown(agent.name, sizes, (*loc, k), f"node of {source}")
+    if missing := sizes.keys() - {agent.name for agent in given}:
+        problem = f"{min(missing)} of {source} is not among the agents"
+        raise SpecError(loc, problem, "add it, or drop `agents`")
+    return [agent.model_copy(update={"d": agent.d or sizes[agent.name]}) for agent in given]
 
 
 def _numbered(count: int) -> list[AgentSpec]:
     return [AgentSpec(name=f"a{k}") for k in range(1, count + 1)]
 
 
-def _agents_of(graph: nx.Graph, d: int | None, loc: Loc) -> list[AgentSpec]:
+def _agents_of(graph: Graph, d: int | None, loc: Loc) -> list[AgentSpec]:
     """One agent a node, by the node's own name and attribute ``d`` (else `d`)."""
     if not graph:
         raise SpecError(loc, "the graph has no nodes", "give it at least one")
@@ -375,7 +382,7 @@ def _agents_of(graph: nx.Graph, d: int | None, loc: Loc) -> list[AgentSpec]:
             raise SpecError(
                 loc,
                 f"node {name!r} cannot name an agent",
-                "use up to 64 letters, digits, '_' and '-', the first a letter or digit",
+                NAME_RULE,
             )
         if size is not None and (type(size) is not int or size < 1):
             raise SpecError(loc, f"node {name} has d = {size!r}", "make d a whole number above 0")
@@ -400,31 +407,31 @@ def _check_names(names: Sequence[str], loc: Loc = ("topology", "agents")) -> Non
         seen[name] = k
 
 
-def _named_edges(graph: nx.Graph, edges: Edges, names: Sequence[str]) -> EdgeList:
-    """A graph's edges as pairs of names: its k-th node is ``names[k]``, a file's node itself."""
-    if isinstance(edges, FileEdges):
-        return [(_name(l), _name(i)) for l, i in graph.edges]
-    name = dict(zip(graph, names, strict=True))
-    return [(name[l], name[i]) for l, i in graph.edges]
+def _named_edges(graph: Graph | None, edges: Edges, names: Sequence[str]) -> EdgeList:
+    """`edges` as pairs of names; a file names its nodes, a generator's k-th is ``names[k]``."""
+    if isinstance(edges, list):
+        return edges
+    assert graph is not None
+    own = {node: _name(node) for node in graph}
+    name = own if isinstance(edges, FileEdges) else dict(zip(graph, names, strict=True))
+    return [(name[u], name[v]) for u, v in graph.edges]
 
 
 def _layer_pairs(
-    edges: Edges, names: Sequence[str], directed: bool, base: Path, loc: Loc
+    k: int, edges: Edges, names: Sequence[str], directed: bool, base: Path
 ) -> EdgeList:
-    if not isinstance(edges, list):
-        graph = _graph(edges, directed, base, loc)
-        if isinstance(edges, GeneratedEdges) and len(graph) != len(names):
-            raise SpecError(
-                loc,
-                f"{edges.generator} gives {len(graph)} nodes, but there are {len(names)} agents",
-                "make the numbers agree",
-            )
-        for node in graph if isinstance(edges, FileEdges) else ():
-            if _name(node) not in names:
-                raise _unknown(_name(node), names, loc)
-        edges = _named_edges(graph, edges, names)
-    _dependencies(names, edges, directed, loc)
-    return edges
+    """The edges of the k-th layer graph, over agents that are known already."""
+    loc = ("model", "layer_graphs", k, "edges")
+    graph = None if isinstance(edges, list) else _graph(edges, directed, base, loc)
+    if graph is not None and isinstance(edges, GeneratedEdges) and len(graph) != len(names):
+        raise SpecError(
+            loc,
+            f"{edges.generator} has {len(graph)} nodes, but there are {len(names)} agents",
+            "make the numbers agree",
+        )
+    pairs = _named_edges(graph, edges, names)
+    _dependencies(names, pairs, directed, loc)
+    return pairs
 
 
 def _dependencies(
@@ -440,23 +447,25 @@ def _dependencies(
         for name in edge:
             if name not in index:
                 raise _unknown(name, names, (*loc, k))
-        l, i = (index[name] for name in edge)
-        if l == i:
-            raise SpecError(
-                (*loc, k), f"{edge[0]} has an edge to itself", "drop it: an agent always uses its own state"
-            )
-        if (l, i) in pairs:
-            swapped = not directed and tuple(edges[pairs[l, i]]) != tuple(edge)
+        u, v = (index[name] for name in edge)
+        if u == v:
             raise SpecError(
                 (*loc, k),
-                f"edge [{edge[0]}, {edge[1]}] repeats edge {pairs[l, i]}",
+                f"{edge[0]} has an edge to itself",
+                "drop it: an agent always uses its own state",
+            )
+        if (u, v) in pairs:
+            swapped = not directed and tuple(edges[pairs[u, v]]) != tuple(edge)
+            raise SpecError(
+                (*loc, k),
+                f"edge [{edge[0]}, {edge[1]}] repeats edge {pairs[u, v]}",
                 "drop one; an undirected edge goes both ways (or set topology.directed: true)"
                 if swapped
                 else "drop one of the two",
             )
-        pairs[l, i] = k
+        pairs[u, v] = k
         if not directed:
-            pairs[i, l] = k
+            pairs[v, u] = k
     return tuple(sorted(pairs))
 
 
@@ -467,7 +476,7 @@ def _unknown(name: str, names: Iterable[str], loc: Loc, what: str = "agent") -> 
 # --- graphs from networkx ------------------------------------------------------------------------
 
 
-def _graph(edges: GeneratedEdges | FileEdges, directed: bool, base: Path, loc: Loc) -> nx.Graph:
+def _graph(edges: GeneratedEdges | FileEdges, directed: bool, base: Path, loc: Loc) -> Graph:
     """The simple graph that `edges` asks for, its directedness checked against the topology's."""
     if isinstance(edges, GeneratedEdges):
         graph, source = _generate(edges, directed, loc), edges.generator
@@ -489,11 +498,11 @@ def _graph(edges: GeneratedEdges | FileEdges, directed: bool, base: Path, loc: L
     return _simple(graph)
 
 
-def _simple(graph: nx.Graph) -> nx.Graph:
+def _simple(graph: Graph) -> Graph:
     """A copy without parallel edges and self loops."""
-    simple = nx.DiGraph() if graph.is_directed() else nx.Graph()
+    simple: Graph = nx.DiGraph() if graph.is_directed() else nx.Graph()
     simple.add_nodes_from(graph.nodes(data=True))
-    simple.add_edges_from((l, i) for l, i in graph.edges() if l != i)
+    simple.add_edges_from((u, v) for u, v in graph.edges() if u != v)
     return simple
 
 
@@ -507,12 +516,13 @@ def generators() -> dict[str, Callable[..., Any]]:
         and callable(function)
         and not inspect.isclass(function)
         and getattr(function, "__module__", "").startswith("networkx.generators.")
+        and not {"G", "B"} & inspect.signature(function).parameters.keys()  # not made from a graph
     }
 
 
-def _generate(edges: GeneratedEdges, directed: bool, loc: Loc) -> nx.Graph:
-    """Call the generator; it is told of `directed` where it has a way to hear it."""
-    name, args = edges.generator, dict(edges.args)
+def _generate(edges: GeneratedEdges, directed: bool, loc: Loc) -> Graph:
+    """Call the generator, which is told of `directed` where it has an ear for it."""
+    name = edges.generator
     if name not in generators():
         raise SpecError(
             (*loc, "generator"),
@@ -521,55 +531,51 @@ def _generate(edges: GeneratedEdges, directed: bool, loc: Loc) -> nx.Graph:
         )
     function = generators()[name]
     signature = inspect.signature(function)
-    known = [
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind is not parameter.VAR_KEYWORD
-        and parameter.name not in ("create_using", "backend")
-    ]
-    for key, value in args.items():
-        if key not in known:
-            raise SpecError(
-                (*loc, "args", key),
-                f"{name} takes no argument {key!r} here",
-                did_you_mean(key, known, f"it takes {', '.join(known)}"),
-            )
-        if any(abs(number) > MAX_AGENTS for number in _integers(value)):
-            raise SpecError((*loc, "args", key), f"{value} is too large", f"stay within {MAX_AGENTS}")
-    parameters = signature.parameters
-    if "seed" in parameters:
-        args.setdefault("seed", 0)
-    if directed and "directed" in parameters:
-        args.setdefault("directed", True)
-    call: dict[str, Any] = dict(args)
-    if directed and "create_using" in parameters and "directed" not in parameters:
-        call["create_using"] = nx.DiGraph
-    shown = ", ".join(f"{key}={value!r}" for key, value in args.items())
-    missing = [
-        p.name
-        for p in parameters.values()
-        if p.default is p.empty and p.name not in call and p.name in known
-    ]
-    if missing:
-        raise SpecError(
-            (*loc, "args"), f"{name} needs {', '.join(missing)}", "add it under `args`"
-        )
+    given = _arguments(edges, signature, loc)
+    if directed and "directed" in signature.parameters:
+        given = {"directed": True, **given}
+    elif directed and "create_using" in signature.parameters:
+        given = {"create_using": nx.DiGraph, **given}
+    shown = ", ".join(f"{key}={value!r}" for key, value in edges.args.items())
+    # Bound by hand, so that a list goes to a generator's *args too.
     bound = inspect.BoundArguments(
-        signature, OrderedDict((key, call[key]) for key in parameters if key in call)
+        signature, OrderedDict((key, given[key]) for key in signature.parameters if key in given)
     )
     try:
         graph = function(*bound.args, **bound.kwargs)
-    except Exception as error:  # the user's arguments, inside someone else's code
-        raise SpecError(
-            loc, f"{name}({shown}) fails: {error}", "mend its arguments or use another generator"
-        ) from error
+    except Exception as error:  # the user's values, deep in networkx: it may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        mend = "mend its arguments or use another generator"
+        raise SpecError(loc, f"{name}({shown}) fails: {reason}", mend) from error
     if not isinstance(graph, nx.Graph):
-        raise SpecError(
-            (*loc, "generator"), f"{name} does not make one graph", "use another generator"
-        )
+        raise SpecError((*loc, "generator"), f"{name} does not make a graph", "use another")
     if not graph:
         raise SpecError(loc, f"{name}({shown}) has no nodes", "ask for at least one")
     return graph
+
+
+def _arguments(edges: GeneratedEdges, signature: inspect.Signature, loc: Loc) -> dict[str, Any]:
+    """The arguments for the generator, checked against its signature; a missing seed is 0."""
+    loc = (*loc, "args")
+    known = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in ("create_using", "backend")
+    }
+    for key, value in edges.args.items():
+        if key not in known:
+            mend = did_you_mean(key, known, f"it takes {', '.join(known) or 'none'}")
+            raise SpecError((*loc, key), f"{edges.generator} takes no {key!r} here", mend)
+        if any(abs(number) > MAX_AGENTS for number in _integers(value)) and key != "seed":
+            raise SpecError((*loc, key), f"{value} is too large", f"stay within {MAX_AGENTS}")
+        if known[key].kind is inspect.Parameter.VAR_POSITIONAL and not isinstance(value, list):
+            raise SpecError((*loc, key), f"{value!r} given", "write a list")
+    for key, parameter in known.items():
+        required = parameter.default is parameter.empty
+        if required and parameter.kind is not parameter.VAR_POSITIONAL and key not in edges.args:
+            mend = f"add {key} under args"
+            raise SpecError(loc, f"{edges.generator} needs {key!r}", mend)
+    return {"seed": 0, **edges.args} if "seed" in known else dict(edges.args)
 
 
 def _integers(value: Any) -> Iterator[int]:
@@ -580,52 +586,47 @@ def _integers(value: Any) -> Iterator[int]:
         yield value
 
 
-def _read(path: Path, directed: bool, loc: Loc) -> nx.Graph:
+def _read(path: Path, directed: bool, loc: Loc) -> Graph:
     """The graph in a file; an edge list has no direction of its own and takes the topology's."""
     loc = (*loc, "file")
-    readers: dict[str, Callable[[str], nx.Graph]] = {
+    readers: dict[str, Callable[[str], Graph]] = {
         ".graphml": _graphml,
         ".json": _node_link,
         ".edgelist": lambda text: _edge_list(text, directed),
         ".txt": lambda text: _edge_list(text, directed),
     }
-    if path.suffix.lower() not in readers:
-        raise SpecError(
-            loc, f"{path} has an unknown suffix {path.suffix!r}", f"use {', '.join(readers)}"
-        )
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise SpecError(loc, f"{path} is no known kind of file", f"use {', '.join(readers)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SpecError(
-            loc, f"cannot read {path}: {reason}", "give the path of a readable graph file"
-        ) from error
+        raise SpecError(loc, f"cannot read {path}: {reason}", "name a graph file") from error
     try:
-        return readers[path.suffix.lower()](text)
+        return reader(text)
     except Exception as error:  # a damaged file can break a reader in any way
-        raise SpecError(
-            loc,
-            f"{path} is no {path.suffix} graph: {str(error) or type(error).__name__}",
-            "write the file anew, e.g. with networkx",
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        problem = f"{path} is no {path.suffix} graph: {reason}"
+        raise SpecError(loc, problem, "write the file anew, e.g. with networkx") from error
 
 
-def _graphml(text: str) -> nx.Graph:
+def _graphml(text: str) -> Graph:
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError("document types and entities are not read")
     return nx.parse_graphml(text)
 
 
-def _node_link(text: str) -> nx.Graph:
+def _node_link(text: str) -> Graph:
     data = json.loads(text)
     if not isinstance(data, dict):
         raise ValueError("expected a mapping with nodes and edges")
     return nx.node_link_graph(data, edges="edges" if "edges" in data else "links")
 
 
-def _edge_list(text: str, directed: bool) -> nx.Graph:
-    """``from to [data, ignored]`` a line, ``#`` comments. (networkx skips lines it cannot read.)"""
-    graph = nx.DiGraph() if directed else nx.Graph()
+def _edge_list(text: str, directed: bool) -> Graph:
+    """Read "from to [data, ignored]" lines; networkx would skip those that it cannot read."""
+    graph: Graph = nx.DiGraph() if directed else nx.Graph()
     for number, line in enumerate(text.splitlines(), 1):
         match line.partition("#")[0].split():
             case []:

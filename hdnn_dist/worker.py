@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hdnn_dist.agent import Agent, Evaluation, StepResult
+from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
 from hdnn_dist.data import Part, load_rows
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
@@ -78,6 +79,23 @@ class Worker:
                 stop - start,
             )
         return np.concatenate(chunks) if chunks else None
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write the state of each agent here; SHA-256 by agent."""
+        return {
+            agent.name: save_agent(folder, agent.name, agent.state())
+            for agent in self.agents.values()
+        }
+
+    def load(self, folder: Path, manifest: Manifest) -> None:
+        """Put back what `save` wrote, whichever processes wrote it.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of another model.
+        """
+        for agent in self.agents.values():
+            agent.load_state(load_agent(folder, agent.name, manifest))
+        self.step = manifest.step
 
     def _drive(self, action: Callable[[Agent], Exchange[Result | None]], batch: int) -> list[Result]:
         """Run an action of every agent here; what the root returned, if it lives here."""

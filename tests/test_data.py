@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import hashlib
 import os
+import random
+import socket
 import struct
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +27,8 @@ from hdnn_dist.errors import DataError, SpecError
 from hdnn_dist.spec import DataSpec
 
 PLANE = ("swiss_roll", "double_circles", "double_moons")
-NAMES = [f"a{i}" for i in range(1, 5)]
+NAMES = ["a1", "a2", "a3", "a4"]
+REAL = os.environ.get("HDNN_DATA")
 
 
 def spec(**values: object) -> DataSpec:
@@ -63,12 +68,14 @@ def test_fewer_samples_are_the_first(name: str) -> None:
         np.testing.assert_array_equal(
             load_features(few, part, [1]), load_features(spec(name=name), part, [1])[:n]
         )
-        np.testing.assert_array_equal(load_labels(few, part), load_labels(spec(name=name), part)[:n])
+        np.testing.assert_array_equal(
+            load_labels(few, part), load_labels(spec(name=name), part)[:n]
+        )
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_more_samples_than_there_are(part: str) -> None:
-    with pytest.raises(SpecError, match="4001.*4000") as error:
+    with pytest.raises(SpecError, match=r"4001.*4000") as error:
         describe(spec(name="swiss_roll", **{f"{part}_samples": 4001}))
     assert error.value.loc == ("data", f"{part}_samples")
 
@@ -99,17 +106,19 @@ def fitting_splits(draw: st.DrawFn) -> tuple[DataInfo, dict[str, object], int]:
 
 @given(fitting_splits(), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_every_feature_is_seen_once(
-    fitting: tuple[DataInfo, dict[str, object], int], idle: int, random: object
+    fitting: tuple[DataInfo, dict[str, object], int], idle: int, rng: random.Random
 ) -> None:
     info, split, n = fitting
     names = agents(n + idle)
     seers = names[:]
-    random.shuffle(seers)  # type: ignore[attr-defined]
+    rng.shuffle(seers)
     split = {**split, "agents": seers[:n]}
     views = split_features(spec(name="mnist", split=split), info, names)
     seen = [column for view in views for column in view.columns]
     assert sorted(seen) == list(range(info.features))
-    assert all((view != View()) == (name in seers[:n]) for name, view in zip(names, views, strict=True))
+    assert all(
+        (view != View()) == (name in seers[:n]) for name, view in zip(names, views, strict=True)
+    )
     sizes = [len(view.columns) for view in views if view.columns]
     if split["kind"] == "auto":
         assert max(sizes) - min(sizes) <= 1
@@ -193,7 +202,10 @@ def test_digits_are_split_by_class_and_scaled() -> None:
 def test_digits_are_cut_into_train_and_test_without_loss() -> None:
     from sklearn.datasets import load_digits
 
-    parts = [np.c_[load_features(spec(), p, range(64)), load_labels(spec(), p)] for p in ("train", "test")]
+    parts = [
+        np.c_[load_features(spec(), p, range(64)), load_labels(spec(), p)]
+        for p in ("train", "test")
+    ]
     white, mean, std = data.PIXELS["digits"]
     x, y = load_digits(return_X_y=True)
     whole = np.c_[((x / white - mean) / std).astype(np.float32), y]
@@ -210,7 +222,10 @@ def test_2d_sets_are_the_same_each_time_and_train_is_not_test(name: str) -> None
 
 
 def test_swiss_roll_lies_on_its_two_spirals() -> None:
-    x, y = load_features(spec(name="swiss_roll"), "train", (0, 1)), load_labels(spec(name="swiss_roll"), "train")
+    x, y = (
+        load_features(spec(name="swiss_roll"), "train", (0, 1)),
+        load_labels(spec(name="swiss_roll"), "train"),
+    )
     r = np.hypot(*x.T.astype(float)) - 0.2 * (y == 0)
     assert r.min() > -1e-6
     assert r.max() < 1
@@ -281,12 +296,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write(folder: Path, arrays: dict[str, np.ndarray], spelling: str = "{}") -> Path:
+def write(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
     folder.mkdir(parents=True)
-    for stem, array in arrays.items():
+    for name, array in arrays.items():
         raw = idx(array)
-        name = spelling.format(stem if ".idx" not in spelling else stem.replace("-idx", ".idx"))
-        name = name.replace(".idx.idx", ".idx")
         (folder / name).write_bytes(gzip.compress(raw, 1) if name.endswith(".gz") else raw)
     return folder
 
@@ -296,16 +309,12 @@ def folder(small: dict[str, np.ndarray], tmp_path: Path) -> Path:
     return write(tmp_path / "mnist", small)
 
 
-def dotted(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {stem.replace("-idx", ".idx"): array for stem, array in arrays.items()}
-
-
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("rename", [dict, dotted])
+@pytest.mark.parametrize("joint", ["-", "."])
 def test_streamed_columns_are_those_of_a_whole_read(
-    suffix: str, rename: object, small: dict[str, np.ndarray], tmp_path: Path
+    suffix: str, joint: str, small: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    named = {f"{stem}{suffix}": array for stem, array in rename(small).items()}  # type: ignore[operator]
+    named = {stem.replace("-idx", f"{joint}idx") + suffix: a for stem, a in small.items()}
     there = spec(name="mnist", dir=str(write(tmp_path / "set", named)))
     columns = [700, 3, 3, 28]
     for part, prefix in (("train", "train"), ("test", "t10k")):
@@ -314,7 +323,9 @@ def test_streamed_columns_are_those_of_a_whole_read(
         x = load_features(there, part, columns)
         assert x.dtype == np.float32
         np.testing.assert_array_equal(x, expected.astype(np.float32))
-        np.testing.assert_array_equal(load_labels(there, part), small[f"{prefix}-labels-idx1-ubyte"])
+        np.testing.assert_array_equal(
+            load_labels(there, part), small[f"{prefix}-labels-idx1-ubyte"]
+        )
 
 
 def test_a_gz_that_was_unpacked_but_kept_its_name_is_read(
@@ -323,7 +334,9 @@ def test_a_gz_that_was_unpacked_but_kept_its_name_is_read(
     labels = folder / "train-labels-idx1-ubyte"
     labels.rename(f"{labels}.gz")
     expected = small["train-labels-idx1-ubyte"]
-    np.testing.assert_array_equal(load_labels(spec(name="mnist", dir=str(folder)), "train"), expected)
+    np.testing.assert_array_equal(
+        load_labels(spec(name="mnist", dir=str(folder)), "train"), expected
+    )
 
 
 def test_memory_is_that_of_the_columns(tmp_path: Path) -> None:
@@ -358,10 +371,6 @@ def test_named_folder_is_the_only_one_searched(
         data.ensure_available(spec(name="mnist", dir="/nowhere"))
 
 
-def damage_cut(raw: bytes) -> bytes:
-    return raw[:-1]
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -381,10 +390,10 @@ def damage_cut(raw: bytes) -> bytes:
     ],
 )
 def test_damaged_files_are_named_and_not_read_on(
-    damage: object, message: str, folder: Path
+    damage: Callable[[bytes], bytes], message: str, folder: Path
 ) -> None:
     path = folder / "t10k-images-idx3-ubyte"
-    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    path.write_bytes(damage(path.read_bytes()))
     tracemalloc.start()
     with pytest.raises(DataError, match=message) as error:
         load_features(spec(name="mnist", dir=str(folder)), "test", range(784))
@@ -411,7 +420,7 @@ def test_ensure_available_looks_at_headers(folder: Path) -> None:
         data.ensure_available(there)
 
 
-@pytest.mark.skipif("HDNN_DATA" not in os.environ, reason="$HDNN_DATA names no MNIST folder")
+@pytest.mark.skipif(not REAL, reason="$HDNN_DATA names no MNIST folder")
 def test_the_real_files() -> None:
     real = spec(name="mnist", dir=REAL)
     data.ensure_available(real)
@@ -424,9 +433,6 @@ def test_the_real_files() -> None:
     assert load_labels(real, "test")[:5].tolist() == [7, 2, 1, 0, 4]
 
 
-REAL = os.environ.get("HDNN_DATA")
-
-
 # --- download ------------------------------------------------------------------------------------
 
 
@@ -436,10 +442,10 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def mirror(small: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def mirror(
+    small: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """A mirror on this machine that serves `small`; its folder is tmp_path / "mirror"."""
-    import hashlib
-
     write(tmp_path / "mirror", {f"{stem}.gz": array for stem, array in small.items()})
     checked = {
         key: (stem, hashlib.md5(idx(small[stem])).hexdigest())
@@ -505,14 +511,32 @@ def other_content(raw: bytes) -> bytes:
     ],
 )
 def test_a_corrupt_download_is_thrown_away(
-    damage: object, mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[bytes], bytes], mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mnist, "MIRRORS", (mirror,))
     path = tmp_path / "mirror" / "train-images-idx3-ubyte.gz"
-    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"cannot download train-images-idx3-ubyte\.gz.*place "):
         data.ensure_available(spec(name="mnist"))
     assert cached() == []
+
+
+def test_an_endless_download_is_cut_off(
+    mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setattr(mnist, "MIRRORS", (mirror,))
+    monkeypatch.setattr(mnist, "_md5", lambda path, _: sizes.append(path.stat().st_size))
+    for stem, _ in mnist.FILES.values():
+        (tmp_path / "mirror" / f"{stem}.gz").write_bytes(bytes(4_000_000))
+    with pytest.raises(DataError, match="the content is not that"):
+        data.ensure_available(spec(name="mnist"))
+    assert 1_960_000 < sizes[0] < 2_100_000  # 2500 images
+
+
+def test_a_bomb_is_unpacked_one_byte_past_its_length(tmp_path: Path) -> None:
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(5_000_000)))
+    assert mnist._md5(tmp_path / "bomb.gz", 100_000) == hashlib.md5(bytes(100_001)).hexdigest()
 
 
 def test_offline_says_how_to_place_the_files(mirror: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,8 +551,6 @@ def test_offline_says_how_to_place_the_files(mirror: str, monkeypatch: pytest.Mo
 def test_a_mirror_that_falls_silent_is_left(
     mirror: str, small: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         dumb = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(mnist, "MIRRORS", (dumb, mirror))
@@ -568,7 +590,9 @@ def test_shifts_take_every_value_within_the_limit() -> None:
     assert not data.shifts(3, 7, 10, 0).any()
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5), st.integers(0, 8), st.integers(0, 99))
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.integers(0, 5), st.integers(0, 8), st.integers(0, 99)
+)
 def test_shift_against_a_loop(height: int, width: int, batch: int, limit: int, seed: int) -> None:
     x = np.random.default_rng(seed).random((batch, height * width), np.float32)
     moves = data.shifts(seed, 0, batch, limit)
@@ -593,7 +617,7 @@ def test_rows_are_scaled_like_the_set(
     shape: tuple[int, ...], dtype: type, order: str, tmp_path: Path
 ) -> None:
     raw = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
-    np.save(tmp_path / "x.npy", np.asarray(raw, order=order))  # type: ignore[call-overload]
+    np.save(tmp_path / "x.npy", np.asarray(raw, order=order))
     columns = [5, 700, 0]
     x = data.load_rows(spec(name="mnist"), tmp_path / "x.npy", columns)
     expected = (raw.reshape(6, 784)[:, columns] / 255 - 0.1307) / 0.3081
@@ -630,7 +654,9 @@ def test_rows_that_do_not_fit(array: np.ndarray, message: str, tmp_path: Path) -
 
 @settings(max_examples=60)
 @given(st.integers(0, 200), st.binary(max_size=3))
-def test_rows_of_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, at: int, junk: bytes) -> None:
+def test_rows_of_a_damaged_file(
+    tmp_path_factory: pytest.TempPathFactory, at: int, junk: bytes
+) -> None:
     path = tmp_path_factory.mktemp("rows") / "x.npy"
     np.save(path, np.zeros((1, 64), np.uint8))
     raw = path.read_bytes()
@@ -639,10 +665,8 @@ def test_rows_of_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, at: in
         with pytest.raises(DataError):
             data.load_rows(spec(), path, [0])
     path.write_bytes(raw[:at] + junk + raw[at + len(junk) :])
-    try:
+    with contextlib.suppress(DataError):  # and nothing else
         assert data.load_rows(spec(), path, [0]).shape[1] == 1
-    except DataError as error:
-        assert str(path) in str(error)
 
 
 def test_rows_of_a_missing_file(tmp_path: Path) -> None:

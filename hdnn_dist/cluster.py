@@ -1,0 +1,353 @@
+"""Ray: the control plane. It places actors, tells them what to do and watches over them.
+
+No message of a layer passes through Ray: the actors form a torch.distributed group among
+themselves, and `hdnn_dist.transport` carries the rounds. This is the only module that imports ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.checkpoint import Manifest
+from hdnn_dist.data import Part, ensure_available
+from hdnn_dist.errors import (
+    AgreementError,
+    HdnnError,
+    PlacementError,
+    RunError,
+    TransportError,
+)
+from hdnn_dist.job import Job
+from hdnn_dist.placement import Demand, Packing, demands, hosts, pack
+from hdnn_dist.spec import Spec
+from hdnn_dist.transport import InProcess, PointToPoint
+from hdnn_dist.worker import Worker
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where an actor runs."""
+
+    node: str
+    address: str
+    cores: int
+
+
+class AgentActor:
+    """A Ray actor that hosts one agent, or several. Its methods mirror those of `Worker`."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._store: dist.TCPStore | None = None
+
+    def whereabouts(self) -> Whereabouts:
+        """The node that the actor is on."""
+        node = ray.get_runtime_context().get_node_id()
+        cores = len(os.sched_getaffinity(0))
+        return Whereabouts(node, ray.util.get_node_ip_address(), cores)
+
+    def open_store(self, timeout: float) -> tuple[str, int]:
+        """Open the store at which the group meets, on a port that is free; rank 0 alone."""
+        address = ray.util.get_node_ip_address()
+        limit = datetime.timedelta(seconds=timeout)
+        self._store = dist.TCPStore(
+            address, 0, is_master=True, wait_for_workers=False, timeout=limit
+        )
+        return address, self._store.port
+
+    def join(self, meeting: tuple[str, int], rank: int, size: int, timeout: float) -> None:
+        """Become `rank` of a torch.distributed group of `size`; leave the one before, if any."""
+        self.leave()
+        limit = datetime.timedelta(seconds=timeout)
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", _interface(ray.util.get_node_ip_address())
+        )
+        store = self._store if rank == 0 else dist.TCPStore(*meeting, timeout=limit)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+
+    def leave(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def host(self, spec: Spec, agents: Sequence[int], packing: Packing, threads: int) -> str:
+        """Take on some agents of a job, and return the digest of the job as this actor sees it."""
+        torch.set_num_threads(threads)
+        job = Job.of(spec)
+        S = job.architecture.patterns.S
+        transport = (
+            InProcess(S)
+            if len(packing) == 1
+            else PointToPoint(S, hosts(packing), job.topology.names, job.dtype)
+        )
+        self._worker = Worker(job, agents, transport)
+        return job.digest
+
+    @property
+    def worker(self) -> Worker:
+        """The agents here."""
+        assert self._worker is not None, "host() comes first"
+        return self._worker
+
+    def prepare(self, spec: Spec) -> None:
+        """Have the data set on this node."""
+        ensure_available(spec.data, progress=False)
+
+    def train(self, steps: int) -> list[StepResult]:
+        """See `Worker`; so too below."""
+        return self.worker.train(steps)
+
+    def evaluate(self, part: Part) -> Evaluation | None:  # noqa: D102
+        return self.worker.evaluate(part)
+
+    def predict(self, source: Part | Path) -> np.ndarray | None:  # noqa: D102
+        return self.worker.predict(source)
+
+    def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
+        return self.worker.save(folder)
+
+    def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
+        self.worker.load(folder, manifest)
+
+    def sent(self) -> Counter[tuple[int, int]]:
+        """Bytes sent by the agents here."""
+        return self.worker.transport.sent
+
+
+def _interface(address: str) -> str:
+    """The name of the network interface that has an address, so that gloo binds to it alone."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
+            return name
+    raise RunError(f"no network interface of {socket.gethostname()} has the address {address}")
+
+
+class RayRunner:
+    """The agents of a job on Ray actors (see `hdnn_dist.trainer.Runner`).
+
+    Args:
+        job: the job.
+        address: a Ray cluster to join; default: the spec's, then `$RAY_ADDRESS`, then a Ray of
+            its own on this machine. A Ray that this process has already joined is used as it is.
+
+    Raises:
+        PlacementError: the cluster is not there, or cannot hold the actors.
+        AgreementError: an actor sees another topology, plan or model.
+    """
+
+    def __init__(self, job: Job, address: str | None = None) -> None:
+        self.job = job
+        self.timeout = job.spec.cluster.timeout
+        self._actors: list[Any] = []
+        self._group: PlacementGroup | None = None
+        self._own_ray = not ray.is_initialized()
+        try:
+            if self._own_ray:
+                _start(address or job.spec.cluster.address or os.environ.get("RAY_ADDRESS"))
+            cores = ray.cluster_resources().get("CPU", 1)
+            self.packing = pack(job.topology, job.spec.cluster, int(cores))
+            self._place(demands(job.topology, self.packing, cores))
+            self._form()
+        except BaseException:
+            self.close()
+            raise
+
+    def _place(self, wanted: Sequence[Demand]) -> None:
+        """Reserve a bundle of resources an actor, all or none, and start the actors there."""
+        self._group = placement_group(
+            # Ray refuses empty bundles: a hair of a core stands for "nothing in particular".
+            [demand.resources or {"CPU": 1e-4} for demand in wanted],
+            strategy=self.job.spec.cluster.placement.upper(),
+            bundle_label_selector=[demand.labels for demand in wanted],
+        )
+        if not self._group.wait(self.timeout):
+            raise PlacementError(_shortage(wanted, self.timeout), "give the job fewer or smaller "
+                "agents, pack them (cluster.agents_per_actor: auto), or add machines")
+        for k, demand in enumerate(wanted):
+            custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
+            self._actors.append(
+                ray.remote(AgentActor)
+                .options(
+                    num_cpus=demand.resources.get("CPU", 0),
+                    num_gpus=demand.resources.get("GPU", 0),
+                    resources=custom,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        self._group, placement_group_bundle_index=k
+                    ),
+                )
+                .remote()
+            )
+
+    def _form(self) -> None:
+        """Have the actors form their group, take on their agents, and agree on the job."""
+        places: list[Whereabouts] = self._all("whereabouts")
+        self._nodes = [place.node for place in places]
+        first_on_node = [self._nodes.index(node) for node in dict.fromkeys(self._nodes)]
+        self._ask([(rank, "prepare", (self.job.spec,)) for rank in first_on_node])
+        size = len(self._actors)
+        if size > 1:
+            [meeting] = self._ask([(0, "open_store", (self.timeout,))])
+            self._ask(
+                [(rank, "join", (meeting, rank, size, self.timeout)) for rank in range(size)]
+            )
+        threads = [
+            self.job.spec.cluster.threads
+            or max(1, place.cores // self._nodes.count(place.node))
+            for place in places
+        ]
+        digests = self._ask(
+            [
+                (rank, "host", (self.job.spec, self.packing[rank], self.packing, threads[rank]))
+                for rank in range(size)
+            ]
+        )
+        for rank, digest in enumerate(digests):
+            if digest != self.job.digest:
+                raise AgreementError(
+                    f"{self._who(rank)} sees a job with digest {digest[:12]}, but the driver "
+                    f"has {self.job.digest[:12]}: install one version of hdnn_dist everywhere"
+                )
+
+    def describe(self) -> str:
+        """See `Runner`; so too below."""
+        actors, nodes = len(self._actors), len(set(self._nodes))
+        agents = len(self.job.topology.agents)
+        return (
+            f"{agents} agents on {actors} Ray actor{'s' * (actors > 1)}, "
+            f"{nodes} node{'s' * (nodes > 1)}"
+        )
+
+    def train(self, steps: int) -> list[StepResult]:  # noqa: D102
+        return [result for results in self._all("train", steps) for result in results]
+
+    def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
+        return _only(self._all("evaluate", part))
+
+    def predict(self, source: Part | Path) -> np.ndarray:  # noqa: D102
+        return _only(self._all("predict", source))
+
+    def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
+        return sum(self._all("sent"), Counter())
+
+    def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
+        return {name: sha for part in self._all("save", folder.absolute()) for name, sha in part.items()}
+
+    def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
+        self._all("load", folder.absolute(), manifest)
+
+    def close(self) -> None:  # noqa: D102
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._own_ray and ray.is_initialized():
+            ray.shutdown()
+
+    def _all(self, method: str, *arguments: object) -> list[Any]:
+        return self._ask([(rank, method, arguments) for rank in range(len(self._actors))])
+
+    def _ask(self, calls: Sequence[tuple[int, str, tuple[Any, ...]]]) -> list[Any]:
+        """Call methods of actors at once; the answers in order, or the first error to come.
+
+        Answers are taken as they come, so that an actor's failure is seen while those that wait
+        for its messages are still blocked.
+        """
+        pending = {
+            getattr(self._actors[rank], method).remote(*arguments): rank
+            for rank, method, arguments in calls
+        }
+        order = list(pending)
+        answers: dict[Any, Any] = {}
+        while pending:
+            [ready], _ = ray.wait(list(pending), num_returns=1)
+            with self._explained(pending.pop(ready)):
+                answers[ready] = ray.get(ready)
+        return [answers[call] for call in order]
+
+    @contextlib.contextmanager
+    def _explained(self, rank: int) -> Iterator[None]:
+        """Turn what Ray raises into an error of ours that names the agents."""
+        try:
+            yield
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, TransportError):
+                raise TransportError(f"{self._who(rank)}: {cause}") from None
+            if isinstance(cause, HdnnError):
+                raise cause from None
+            raise RunError(f"{self._who(rank)} failed:\n{error}") from None
+        except RayActorError as error:
+            raise RunError(f"{self._who(rank)} died: {str(error).splitlines()[0]}") from None
+
+    def _who(self, rank: int) -> str:
+        names = ", ".join(self.job.topology.names[i] for i in self.packing[rank])
+        return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}"
+
+
+def _start(address: str | None) -> None:
+    """Join a Ray cluster, or start one on this machine."""
+    # A cluster's workers do not see the driver's environment.
+    variables = {key: os.environ[key] for key in ("HDNN_DATA",) if key in os.environ}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": variables} if variables else None,
+    }
+    if address is None:
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise PlacementError(
+            f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
+            "start one with `ray start --head`, or leave --address out to run on this machine",
+        ) from None
+
+
+def _shortage(wanted: Sequence[Demand], waited: float) -> str:
+    """What the cluster lacks for the actors."""
+    there = ray.cluster_resources()
+    total: Counter[str] = Counter()
+    for demand in wanted:
+        total.update(demand.resources)
+    lacking = [
+        f"{amount:g} {key} asked for, {there.get(key, 0):g} there"
+        for key, amount in total.items()
+        if amount > there.get(key, 0)
+    ]
+    labels = {f"{k}={v}" for demand in wanted for k, v in demand.labels.items()}
+    if labels:
+        lacking.append(f"nodes labelled {', '.join(sorted(labels))}")
+    missing = "; ".join(lacking) or "its resources are held by other jobs or split over its nodes"
+    return f"the cluster could not hold {len(wanted)} actors within {waited:g} s: {missing}"
+
+
+def _only(answers: Sequence[Any]) -> Any:
+    """The answer of the actor that hosts the root; the others have none."""
+    [answer] = [answer for answer in answers if answer is not None]
+    return answer

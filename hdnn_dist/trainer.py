@@ -1,0 +1,257 @@
+"""The training loop, the same for one process and for a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.checkpoint import Manifest, write_checkpoint, write_json
+from hdnn_dist.data import Part
+from hdnn_dist.job import Job
+from hdnn_dist.transport import InProcess
+from hdnn_dist.worker import Worker
+
+REPORT_EVERY = 0.5  # seconds between two reports of progress, about
+
+
+class Runner(Protocol):
+    """Where the agents live: in this process, or on a cluster."""
+
+    job: Job
+
+    def describe(self) -> str:
+        """One line on what runs where."""
+        ...
+
+    def train(self, steps: int) -> list[StepResult]:
+        """Take so many steps from where the run stands."""
+        ...
+
+    def evaluate(self, part: Part = "test") -> Evaluation:
+        """Loss and accuracy over a part of the data set."""
+        ...
+
+    def predict(self, source: Part | Path) -> np.ndarray:
+        """Class probabilities `(samples, C)` for a part of the data set or the rows of a file."""
+        ...
+
+    def sent(self) -> Counter[tuple[int, int]]:
+        """Bytes sent so far from agent to agent."""
+        ...
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write each agent's state into a folder; SHA-256 by agent."""
+        ...
+
+    def load(self, folder: Path, manifest: Manifest) -> None:
+        """Put back what `save` wrote."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...
+
+
+class LocalRunner:
+    """All agents in this process, messages by reference."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        M = len(job.topology.agents)
+        self.worker = Worker(job, range(M), InProcess(job.architecture.patterns.S))
+
+    def describe(self) -> str:
+        """See `Runner`; so too below."""
+        return f"{len(self.worker.agents)} agents in this process"
+
+    def train(self, steps: int) -> list[StepResult]:  # noqa: D102
+        return self.worker.train(steps)
+
+    def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
+        result = self.worker.evaluate(part)
+        assert result is not None
+        return result
+
+    def predict(self, source: Part | Path) -> np.ndarray:  # noqa: D102
+        result = self.worker.predict(source)
+        assert result is not None
+        return result
+
+    def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
+        return self.worker.transport.sent
+
+    def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
+        return self.worker.save(folder)
+
+    def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
+        self.worker.load(folder, manifest)
+
+    def close(self) -> None:  # noqa: D102
+        pass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after some steps.
+
+    Attributes:
+        step, steps: taken, and of the whole run.
+        epoch, epochs: the epoch under way (from 1), and of the whole run.
+        loss: mean over the steps since the last report.
+        accuracy: on the batches since the last report.
+        samples_per_second: since the last report.
+        seconds_left: at that speed.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float
+    samples_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a whole run, as in `summary.json`.
+
+    Attributes:
+        test_accuracy, test_loss: of the last evaluation.
+        best_test_accuracy: of all evaluations since this process took the run up.
+        epochs, steps: of the whole run.
+        seconds: wall time of `fit`.
+        training_seconds: of it, in training steps.
+        samples_per_second: of training.
+        bytes_per_step: that the plan moves between agents in a training step.
+        bytes_sent: between agents, counted at the transport, evaluations included.
+        parameters: of all agents.
+        placement: what ran where.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    best_test_accuracy: float
+    epochs: int
+    steps: int
+    seconds: float
+    training_seconds: float
+    samples_per_second: float
+    bytes_per_step: int
+    bytes_sent: int
+    parameters: int
+    placement: str
+
+
+class Listener:
+    """Is told of a run's course; every method may be left as it is."""
+
+    def started(self, runner: Runner, step: int) -> None:
+        """Training begins (or goes on) after `step` steps."""
+
+    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
+        """Some steps were taken."""
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+        """The test set was gone through."""
+
+    def ended(self, summary: Summary) -> None:
+        """The run is complete."""
+
+    def close(self) -> None:
+        """The run is over, complete or not."""
+
+
+class Trainer:
+    """Takes a job from where its runner stands to the end.
+
+    Args:
+        runner: where the agents live.
+        run: the run directory.
+        listeners: are told of the run's course.
+    """
+
+    def __init__(self, runner: Runner, run: Path, listeners: Sequence[Listener] = ()) -> None:
+        self.runner, self.run, self.listeners = runner, run, listeners
+
+    def fit(self, step: int = 0) -> Summary:
+        """Train to the last epoch, evaluating and saving on the way.
+
+        Args:
+            step: steps already taken (by a resumed run).
+        """
+        job, runner = self.runner.job, self.runner
+        training, per_epoch = job.spec.training, job.steps_per_epoch
+        started, training_seconds, first = time.perf_counter(), 0.0, step
+        evaluation, best, saved = None, 0.0, None
+        chunk = 1
+        self._tell("started", runner, step)
+        while step < job.steps:
+            count = min(chunk, per_epoch - step % per_epoch)
+            before = time.perf_counter()
+            results = runner.train(count)
+            seconds = time.perf_counter() - before
+            training_seconds += seconds
+            step += count
+            chunk = max(1, round(count * REPORT_EVERY / seconds))
+            self._tell("stepped", results, self._progress(step, results, seconds))
+            epoch, position = divmod(step, per_epoch)
+            if position:
+                continue
+            if epoch % training.eval_every == 0 or step == job.steps:
+                evaluation = runner.evaluate()
+                best = max(best, evaluation.accuracy)
+                self._tell("evaluated", step, epoch, evaluation)
+            if epoch % training.checkpoint_every == 0 or step == job.steps:
+                write_checkpoint(self.run, step, job.topology.digest(), runner.save)
+                saved = step
+        if evaluation is None:  # a resumed run that was complete already
+            evaluation = runner.evaluate()
+            best = evaluation.accuracy
+        if saved != step:
+            write_checkpoint(self.run, step, job.topology.digest(), runner.save)
+        plan, itemsize = job.plan, job.dtype.itemsize
+        moved = plan.traffic(plan.training_step, job.batch, itemsize)
+        summary = Summary(
+            test_accuracy=evaluation.accuracy,
+            test_loss=evaluation.loss,
+            best_test_accuracy=best,
+            epochs=training.epochs,
+            steps=step,
+            seconds=time.perf_counter() - started,
+            training_seconds=training_seconds,
+            samples_per_second=(step - first) * job.batch / max(training_seconds, 1e-9),
+            bytes_per_step=sum(moved.values()),
+            bytes_sent=sum(runner.sent().values()),
+            parameters=sum(map(job.architecture.count, range(len(job.topology.agents)))),
+            placement=runner.describe(),
+        )
+        write_json(self.run / "summary.json", asdict(summary))
+        self._tell("ended", summary)
+        return summary
+
+    def _progress(self, step: int, results: Sequence[StepResult], seconds: float) -> Progress:
+        job = self.runner.job
+        samples = sum(r.samples for r in results)
+        return Progress(
+            step=step,
+            steps=job.steps,
+            epoch=(step - 1) // job.steps_per_epoch + 1,
+            epochs=job.spec.training.epochs,
+            loss=sum(r.loss for r in results) / len(results),
+            accuracy=sum(r.correct for r in results) / samples,
+            samples_per_second=samples / seconds,
+            seconds_left=(job.steps - step) * seconds / len(results),
+        )
+
+    def _tell(self, event: str, *news: object) -> None:
+        for listener in self.listeners:
+            getattr(listener, event)(*news)
