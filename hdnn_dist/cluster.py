@@ -40,7 +40,7 @@ from hdnn_dist.errors import (
     TransportError,
 )
 from hdnn_dist.job import Job
-from hdnn_dist.placement import Demand, Packing, demands, hosts, pack
+from hdnn_dist.placement import Demand, Node, Packing, demands, hosts, pack
 from hdnn_dist.spec import Spec
 from hdnn_dist.transport import InProcess, PointToPoint
 from hdnn_dist.worker import Worker
@@ -306,6 +306,36 @@ class RayRunner:
     def _who(self, rank: int) -> str:
         names = ", ".join(self.job.topology.names[i] for i in self.packing[rank])
         return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}"
+
+
+def cluster_nodes(address: str) -> list[Node]:
+    """The machines of a running cluster, which is joined to ask and left again.
+
+    Raises:
+        PlacementError: no cluster answers.
+    """
+    joined = ray.is_initialized()
+    if not joined:
+        _start(address)
+    try:
+        return [
+            Node(
+                node["NodeName"],
+                # Ray also lists its own marks, such as node:10.0.0.1, as resources.
+                {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU") or _custom(k)},
+                node["Labels"],
+            )
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def _custom(resource: str) -> bool:
+    """Whether a resource is one that the cluster's owner declared."""
+    return resource not in ("memory", "object_store_memory") and ":" not in resource
 
 
 def _start(address: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hdnn_dist.spec import ClusterSpec
@@ -80,3 +81,33 @@ def demands(topology: Topology, packing: Packing, cores: float) -> tuple[Demand,
         labels = topology.agents[agents[0]].labels
         result.append(Demand({k: round(v, 4) for k, v in needs.items() if v > 0}, labels))
     return tuple(result)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a cluster: what it has in all, and the labels it carries."""
+
+    name: str
+    resources: dict[str, float]
+    labels: dict[str, str]
+
+
+def assign(wanted: Sequence[Demand], nodes: Sequence[Node]) -> tuple[int | None, ...]:
+    """A node for each actor, the largest first; None where no node has room left.
+
+    A forecast: Ray places them itself, on what other jobs leave.
+    """
+    free = [dict(node.resources) for node in nodes]
+    places: list[int | None] = [None] * len(wanted)
+    for k in sorted(range(len(wanted)), key=lambda k: -sum(wanted[k].resources.values())):
+        demand = wanted[k]
+        for n, node in enumerate(nodes):
+            fits = all(
+                free[n].get(key, 0.0) >= amount - 1e-9 for key, amount in demand.resources.items()
+            )
+            if fits and demand.labels.items() <= node.labels.items():
+                for key, amount in demand.resources.items():
+                    free[n][key] -= amount
+                places[k] = n
+                break
+    return tuple(places)

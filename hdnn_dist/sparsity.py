@@ -187,7 +187,8 @@ def patterns_of(topology: Topology, spec: Spec) -> Patterns:
     where links are two-way.
 
     Raises:
-        SpecError: `model.layer_graphs` with a model whose `K` is not on the graph.
+        SpecError: `model.layer_graphs` with a model whose `K` is not on the graph, or outside the
+            topology's links.
     """
     M, model = len(topology.agents), spec.model
     eye = BlockPattern.identity(M)
@@ -203,10 +204,20 @@ def patterns_of(topology: Topology, spec: Spec) -> Patterns:
             "graphs per layer shape K, but model.graph is J, where K is block-diagonal",
             "set model.graph to K or both, or leave layer_graphs out",
         )
+    S = A | A.T if topology.two_way else A
     T = [eye] if model.graph == "J" else [along(g) for g in graphs] if graphs else [A]
+    for k, pattern in enumerate(T):
+        for i, l in (pattern - S).entries:
+            source, target = topology.names[l], topology.names[i]
+            raise SpecError(
+                ("model", "layer_graphs", k),
+                f"{target!r} would use the state of {source!r}, but the topology has no link "
+                f"from {source!r} to {target!r}",
+                f"add the edge [{source}, {target}] to topology.edges or drop it from this graph",
+            )
     return Patterns(
         sizes=topology.sizes,
         T=tuple(T[j % len(T)] for j in range(model.layers)),
         R=eye if model.graph == "K" else A,
-        S=A | A.T if topology.two_way else A,
+        S=S,
     )

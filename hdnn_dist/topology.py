@@ -546,6 +546,8 @@ def _generate(edges: GeneratedEdges, directed: bool, loc: Loc) -> Graph:
     except Exception as error:  # the user's values, deep in networkx: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         mend = "mend its arguments or use another generator"
+        if directed:
+            mend += "; not every one makes directed graphs"
         raise SpecError(loc, f"{name}({shown}) fails: {reason}", mend) from error
     if not isinstance(graph, nx.Graph):
         raise SpecError((*loc, "generator"), f"{name} does not make a graph", "use another")

@@ -1,0 +1,437 @@
+"""What a job would do, told without doing it: no process starts and no data is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from rich import box
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from hdnn_dist.console import size
+from hdnn_dist.exchange import Round
+from hdnn_dist.job import Job
+from hdnn_dist.placement import Node, assign, demands, hosts, pack
+from hdnn_dist.sparsity import BlockPattern, union
+
+DRAWN = 32  # agents up to which patterns are drawn
+LISTED = 32  # agents, links or actors up to which all are listed
+NAMED = 5  # examples that a line names
+GAP_UP_TO = 2000  # agents up to which the spectral gap is computed: its cost is cubic
+
+
+@dataclass(frozen=True)
+class AgentReport:
+    """An agent: what it sees, holds, and asks for; `actor` is the number of its actor."""
+
+    name: str
+    d: int
+    features: int
+    parameters: int
+    actor: int
+    cpu: float | None
+    gpu: float
+    resources: dict[str, float]
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PatternReport:
+    """A pattern: its rows (see `BlockPattern`), and how much of the full matrix it is."""
+
+    symbol: str
+    rows: tuple[tuple[int, ...], ...]
+    density: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a training step."""
+
+    name: str
+    rounds: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """What a training step sends from one agent to another."""
+
+    source: str
+    target: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ActorReport:
+    """An actor: its agents, what it asks for, and a node that has it (None: no node is left)."""
+
+    agents: tuple[str, ...]
+    resources: dict[str, float]
+    labels: dict[str, str]
+    node: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that can be said of a job beforehand. Bytes are those of a training step.
+
+    Attributes:
+        topology, data: their names.
+        agents: one by one.
+        edges: of the graph; an undirected edge counts once.
+        directed, two_way: as in `Topology`.
+        links: pairs of agents that may exchange messages.
+        diameter: directions aside; None if the graph is not connected.
+        spectral_gap: as in `Topology`; None for a single agent and for very many.
+        patterns: T for each distinct layer graph, R, and their compositions.
+        single_exchange: the paper's condition RᵀTᵀT ≤ S.
+        missing: the (i, l) for which it fails: i's update involves l, and l cannot talk to i.
+        layers: per distinct layer graph, the rounds and bytes of one layer's forward pass; the
+            backward pass has as many of both.
+        step: the parts of a training step.
+        busiest: the link that carries most.
+        traffic: every link that carries something.
+        parameters, dense_parameters: trained by all agents, and on the complete graph.
+        depth: layers N.
+        layers_to_cross: until everybody's state depends on everybody's input; None for never.
+        root: the agent that holds the labels.
+        tree_depth: hops that the scores travel to it.
+        actors, nodes: the placement, tried out on the nodes.
+        crossing_links, crossing_bytes: of the traffic, what passes between actors.
+        warnings: what will not work well.
+    """
+
+    topology: str
+    data: str
+    agents: tuple[AgentReport, ...]
+    edges: int
+    directed: bool
+    two_way: bool
+    links: int
+    diameter: int | None
+    spectral_gap: float | None
+    patterns: tuple[PatternReport, ...]
+    single_exchange: bool
+    missing: tuple[tuple[str, str], ...]
+    layers: tuple[Phase, ...]
+    step: tuple[Phase, ...]
+    busiest: LinkReport | None
+    traffic: tuple[LinkReport, ...]
+    parameters: int
+    dense_parameters: int
+    depth: int
+    layers_to_cross: int | None
+    root: str
+    tree_depth: int
+    actors: tuple[ActorReport, ...]
+    nodes: tuple[Node, ...]
+    crossing_links: int
+    crossing_bytes: int
+    warnings: tuple[str, ...]
+
+
+def this_machine() -> Node:
+    """What a Ray started here would have."""
+    gpus = torch.cuda.device_count()
+    cores = {"CPU": float(os.cpu_count() or 1)}
+    return Node("this machine", cores | ({"GPU": float(gpus)} if gpus else {}), {})
+
+
+def examine(job: Job, nodes: Sequence[Node]) -> Report:
+    """Tell what a job would do.
+
+    Args:
+        job: the job.
+        nodes: of the cluster that it is to run on; this machine alone, if there is none.
+    """
+    topology, architecture, plan = job.topology, job.architecture, job.plan
+    patterns, names, M = architecture.patterns, topology.names, len(topology.agents)
+    cores = sum(node.resources.get("CPU", 0.0) for node in nodes)
+    packing = pack(topology, job.spec.cluster, int(cores))
+    host = hosts(packing)
+    wanted = demands(topology, packing, cores)
+    places = assign(wanted, nodes)
+    sent = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize)
+    traffic = tuple(
+        LinkReport(names[source], names[target], amount)
+        for (source, target), amount in sorted(sent.items())
+    )
+    crossing = [n for (source, target), n in sent.items() if host[source] != host[target]]
+    missing = union(X @ T.T @ T for T in set(patterns.T) for X in (patterns.R, patterns.R.T))
+    missing -= patterns.S
+    report = Report(
+        topology=topology.name,
+        data=job.data.name,
+        agents=tuple(
+            AgentReport(
+                name=agent.name,
+                d=topology.sizes[i],
+                features=len(job.views[i].columns),
+                parameters=architecture.count(i),
+                actor=host[i],
+                cpu=agent.cpu,
+                gpu=agent.gpu,
+                resources=agent.resources,
+                labels=agent.labels,
+            )
+            for i, agent in enumerate(topology.agents)
+        ),
+        edges=len(topology.edges) // (1 if topology.directed else 2),
+        directed=topology.directed,
+        two_way=topology.two_way,
+        links=len({frozenset(entry) for entry in patterns.S.entries}) - M,
+        diameter=topology.diameter,
+        spectral_gap=topology.spectral_gap if M <= GAP_UP_TO else None,
+        patterns=tuple(_patterns(job)),
+        single_exchange=patterns.single_exchange,
+        missing=tuple((names[i], names[l]) for i, l in missing.entries),
+        layers=tuple(_layers(job)),
+        step=tuple(_step(job)),
+        busiest=max(traffic, key=lambda link: link.bytes, default=None),
+        traffic=traffic,
+        parameters=sum(map(architecture.count, range(M))),
+        dense_parameters=architecture.count_dense(),
+        depth=patterns.layers,
+        layers_to_cross=patterns.layers_to_cross(),
+        root=names[job.root],
+        tree_depth=len(architecture.tree.levels),
+        actors=tuple(
+            ActorReport(
+                tuple(names[i] for i in agents),
+                demand.resources,
+                demand.labels,
+                None if place is None else nodes[place].name,
+            )
+            for agents, demand, place in zip(packing, wanted, places, strict=True)
+        ),
+        nodes=tuple(nodes),
+        crossing_links=len(crossing),
+        crossing_bytes=sum(crossing),
+        warnings=(),
+    )
+    return replace(report, warnings=tuple(_warnings(job, report)))
+
+
+def _patterns(job: Job) -> Iterator[PatternReport]:
+    patterns = job.architecture.patterns
+    R = patterns.R
+
+    def row(symbol: str, P: BlockPattern) -> PatternReport:
+        return PatternReport(symbol, P.rows, P.nnz / P.size**2)
+
+    for T, layers in _layers_by_graph(job).items():
+        where = "" if len(layers) == patterns.layers else f" in layers {_few(map(str, layers))}"
+        yield row(f"T{where}", T)
+        yield row(f"TᵀT{where}", T.T @ T)
+        yield row(f"RᵀTᵀT{where}", R.T @ T.T @ T)
+    yield row("R", R)
+
+
+def _layers_by_graph(job: Job) -> dict[BlockPattern, list[int]]:
+    layers: dict[BlockPattern, list[int]] = {}
+    for j, T in enumerate(job.architecture.patterns.T):
+        layers.setdefault(T, []).append(j)
+    return layers
+
+
+def _layers(job: Job) -> Iterator[Phase]:
+    for layers in _layers_by_graph(job).values():
+        j, plan = layers[0], job.plan
+        rounds = (*plan.half_step(j, "p"), *plan.half_step(j, "q"))
+        yield _phase(job, f"layer{'s' * (len(layers) > 1)} {_few(map(str, layers))}", rounds)
+
+
+def _step(job: Job) -> Iterator[Phase]:
+    plan = job.plan
+    scores = len([phase for phase in plan.collect if phase.messages])
+    forward, backward = plan.forward, plan.backward
+    norm = plan.training_step[len(forward) + len(backward) :]
+    yield _phase(job, "layers forward", forward[: len(forward) - scores])
+    yield _phase(job, "scores to the root", forward[len(forward) - scores :])
+    yield _phase(job, "their cotangent back", backward[:scores])
+    yield _phase(job, "layers backward", backward[scores:])
+    yield _phase(job, "norm of the gradient", norm)
+
+
+def _phase(job: Job, name: str, rounds: Sequence[Round]) -> Phase:
+    moved = job.plan.traffic(rounds, job.batch, job.dtype.itemsize)
+    return Phase(name, len(rounds), sum(moved.values()))
+
+
+def _unread(job: Job) -> list[str]:
+    """Agents whose input cannot reach the scores within the depth of the network."""
+    patterns = job.architecture.patterns
+    p = q = BlockPattern.identity(len(patterns.sizes))
+    for T in patterns.T:
+        p = p | (patterns.R.T @ T.T @ T @ q)
+        q = q | (patterns.R @ T.T @ T @ p)
+    reached = {l for i in job.architecture.readers for l in (*p.rows[i], *q.rows[i])}
+    return [
+        name
+        for i, name in enumerate(job.topology.names)
+        if job.views[i].columns and i not in reached
+    ]
+
+
+def _warnings(job: Job, report: Report) -> Iterator[str]:
+    depth, crosses = report.depth, report.layers_to_cross
+    if crosses is None:
+        yield "information never crosses the graph, however many layers: connect its parts"
+    elif crosses > depth:
+        yield (
+            f"information needs {crosses} layers to cross the graph, but there are {depth}: "
+            f"set model.layers to {crosses} or more, or add edges"
+        )
+    if unread := _unread(job):
+        yield (
+            f"the scores do not depend on the input of {_few(unread)}: "
+            "add layers or edges, or read at more agents (model.readout.agents)"
+        )
+    if homeless := [actor for actor in report.actors if actor.node is None]:
+        first = homeless[0]
+        asked = [f"{amount:g} {key}" for key, amount in first.resources.items()]
+        asked += [f"the label {key}={value}" for key, value in first.labels.items()]
+        yield (
+            f"{len(homeless)} of {len(report.actors)} actors find no place; the first, of "
+            f"{_few(first.agents)}, asks for {', '.join(asked)}: ask for less, or add machines"
+        )
+    cores = sum(node.resources.get("CPU", 0.0) for node in report.nodes)
+    if len(report.actors) > cores:
+        yield (
+            f"{len(report.actors)} actors share {cores:g} cores and wait for one another every "
+            "round: --set cluster.agents_per_actor=auto makes it one actor a core"
+        )
+
+
+# --- the report on paper -------------------------------------------------------------------------
+
+
+def render(report: Report) -> RenderableType:
+    """The report for a console of any width."""
+    return Group(
+        *_graph_section(report),
+        *_pattern_section(report),
+        *_step_section(report),
+        *_placement_section(report),
+        *(Text(f"warning: {warning}", style="yellow") for warning in report.warnings),
+    )
+
+
+def _graph_section(report: Report) -> Iterator[RenderableType]:
+    kind = "directed" if report.directed else "undirected"
+    if report.directed and not report.two_way:
+        kind += ", one-way links"
+    yield Text(f"{report.topology} learns {report.data}", style="bold")
+    yield Text(
+        f"{len(report.agents)} agents, {report.edges} edges ({kind}), {report.links} links, "
+        f"diameter {'infinite' if report.diameter is None else report.diameter}, spectral gap "
+        + ("not computed" if report.spectral_gap is None else f"{report.spectral_gap:.4f}")
+    )
+    share = report.parameters / report.dense_parameters
+    yield Text(
+        f"{report.parameters:,} parameters, {share:.1%} of the {report.dense_parameters:,} of the "
+        "dense model"
+    )
+    table = _table("agent", "d", "features", "parameters", "actor", "asks for")
+    for agent in report.agents[:LISTED]:
+        asks = [f"{agent.cpu:g} CPU"] if agent.cpu is not None else []
+        asks += [f"{agent.gpu:g} GPU"] if agent.gpu else []
+        asks += [f"{amount:g} {name}" for name, amount in agent.resources.items()]
+        asks += [f"{key}={value}" for key, value in agent.labels.items()]
+        numbers = (agent.d, agent.features, f"{agent.parameters:,}", agent.actor)
+        table.add_row(agent.name, *map(str, numbers), ", ".join(asks))
+    yield table
+    yield from _rest(len(report.agents), "agents")
+
+
+def _pattern_section(report: Report) -> Iterator[RenderableType]:
+    if len(report.agents) <= DRAWN:
+        drawn = (
+            Panel(str(BlockPattern(p.rows)), title=p.symbol, box=box.SIMPLE, expand=False)
+            for p in report.patterns
+        )
+        yield Columns(drawn)
+    else:
+        table = _table("pattern", "density")
+        for pattern in report.patterns:
+            table.add_row(pattern.symbol, f"{pattern.density:.2%}")
+        yield table
+    if report.single_exchange:
+        yield Text("RᵀTᵀT ≤ S holds: one exchange of neighbours' states would do for a half step")
+    else:
+        missing = _few(f"({i}, {l})" for i, l in report.missing)
+        yield Text(
+            f"RᵀTᵀT ≤ S fails, at (i, l) = {missing}: i's half step involves l, which is no "
+            "neighbour; it takes several rounds of one-hop messages instead"
+        )
+    crosses = report.layers_to_cross
+    needed = "never crosses the graph" if crosses is None else f"crosses the graph in {crosses}"
+    yield Text(f"information {needed} of {report.depth} layers")
+
+
+def _step_section(report: Report) -> Iterator[RenderableType]:
+    table = _table("one layer, forward (backward: the same)", "rounds", "bytes")
+    for phase in report.layers:
+        table.add_row(phase.name, str(phase.rounds), size(phase.bytes))
+    yield table
+    table = _table("training step", "rounds", "bytes")
+    for phase in report.step:
+        table.add_row(phase.name, str(phase.rounds), size(phase.bytes))
+    table.add_section()
+    total = sum(phase.bytes for phase in report.step)
+    table.add_row("all", str(sum(phase.rounds for phase in report.step)), size(total))
+    yield table
+    yield Text(f"scores travel {report.tree_depth} hops to the root {report.root}")
+    if busiest := report.busiest:
+        yield Text(
+            f"busiest link: {busiest.source} → {busiest.target}, {size(busiest.bytes)} a step"
+        )
+    if 0 < len(report.traffic) <= LISTED:
+        table = _table("link", "bytes a step")
+        for link in report.traffic:
+            table.add_row(f"{link.source} → {link.target}", size(link.bytes))
+        yield table
+
+
+def _placement_section(report: Report) -> Iterator[RenderableType]:
+    table = _table("actor", "agents", "asks for", "node")
+    for k, actor in enumerate(report.actors[:LISTED]):
+        asks = [f"{amount:g} {name}" for name, amount in actor.resources.items()]
+        asks += [f"{key}={value}" for key, value in actor.labels.items()]
+        table.add_row(str(k), _few(actor.agents), ", ".join(asks), actor.node or "none")
+    yield table
+    yield from _rest(len(report.actors), "actors")
+    for node in report.nodes:
+        there = ", ".join(f"{amount:g} {name}" for name, amount in node.resources.items())
+        yield Text(f"node {node.name}: {there}")
+    yield Text(
+        f"{report.crossing_links} of {len(report.traffic)} directed links and "
+        f"{size(report.crossing_bytes)} a step pass between actors"
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for k, column in enumerate(columns):
+        text = k == 0 or column in ("agents", "asks for", "node")
+        table.add_column(column, justify="left" if text else "right")
+    return table
+
+
+def _rest(count: int, what: str) -> Iterator[RenderableType]:
+    if count > LISTED:
+        yield Text(f"… and {count - LISTED} more {what}")
+
+
+def _few(items: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    shown = list(items)
+    more = len(shown) - NAMED
+    return ", ".join(shown[:NAMED]) + (f" and {more} more" if more > 0 else "")

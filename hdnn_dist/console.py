@@ -1,0 +1,146 @@
+"""A run as seen at the console: a live view on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+
+from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.trainer import Listener, Progress, Runner
+
+QUIET = 5.0  # seconds between two plain lines, at least
+
+
+def view(console: Console) -> Listener:
+    """What suits the console."""
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+def size(count: float, unit: str = "B") -> str:
+    """A number of bytes for people: "12.3 kB"."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if count < 999.5 or prefix == "T":
+            break
+        count /= 1000
+    return f"{count:.3g} {prefix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "1:02:03" or "2:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def figures(progress: Progress) -> str:
+    """Loss, accuracy and speed, in columns that stay where they are."""
+    return (
+        f"loss {progress.loss:.4f}  accuracy {progress.accuracy:6.1%}  "
+        f"{progress.samples_per_second:,.0f} samples/s"
+    )
+
+
+def header(runner: Runner, step: int) -> Iterator[str]:
+    """What is about to be trained, and where."""
+    job = runner.job
+    plan, agents = job.plan, range(len(job.topology.agents))
+    parameters = sum(map(job.architecture.count, agents))
+    moved = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize)
+    yield f"{job.topology.name} learns {job.data.name}: {runner.describe()}"
+    yield (
+        f"{job.architecture.patterns.layers} layers, {parameters:,} parameters, "
+        f"{len(plan.training_step)} rounds and {size(sum(moved.values()))} a step between agents"
+    )
+    if step:
+        yield f"continues after step {step} of {job.steps}"
+
+
+def verdict(step: int, epoch: int, evaluation: Evaluation) -> str:
+    """An evaluation in a line."""
+    return (
+        f"epoch {epoch:3}  step {step}  test accuracy {evaluation.accuracy:.2%}  "
+        f"loss {evaluation.loss:.4f}"
+    )
+
+
+class LiveView(Listener):
+    """A progress bar with the figures of the moment; each evaluation leaves a line above it.
+
+    Args:
+        console: a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Bar(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}  {task.fields[figures]}"),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def started(self, runner: Runner, step: int) -> None:
+        """See `Listener`; so too below."""
+        for line in header(runner, step):
+            self.console.print(line, highlight=False, markup=False)
+        job = runner.job
+        moved = job.plan.traffic(job.plan.training_step, job.batch, job.dtype.itemsize)
+        self._bytes = sum(moved.values())
+        epoch = f"{step // job.steps_per_epoch + 1}/{job.spec.training.epochs}"
+        self._task = self._bar.add_task(
+            "", total=job.steps, completed=step, epoch=epoch, figures=""
+        )
+        self._bar.start()
+
+    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
+        assert self._task is not None, "started() comes first"
+        left = duration(progress.seconds_left)
+        self._bar.update(
+            self._task,
+            completed=progress.step,
+            epoch=f"{progress.epoch}/{progress.epochs}",
+            figures=f"{figures(progress)}  {size(self._bytes)}/step  {left} left",
+        )
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
+        self.console.print(verdict(step, epoch, evaluation), highlight=False)
+
+    def close(self) -> None:  # noqa: D102
+        self._bar.stop()
+
+
+class PlainView(Listener):
+    """Lines for logs: one an evaluation, and now and then one on progress.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._last = time.monotonic()
+
+    def started(self, runner: Runner, step: int) -> None:
+        """See `Listener`; so too below."""
+        for line in header(runner, step):
+            self._print(line)
+
+    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
+        if time.monotonic() - self._last >= QUIET:
+            self._print(
+                f"epoch {progress.epoch:3}  step {progress.step}/{progress.steps}  "
+                f"{figures(progress)}  {duration(progress.seconds_left)} left"
+            )
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
+        self._print(verdict(step, epoch, evaluation))
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._last = time.monotonic()

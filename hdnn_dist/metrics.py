@@ -1,0 +1,135 @@
+"""A run's metrics as files: one JSON record a line, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.checkpoint import write_text
+from hdnn_dist.trainer import Listener, Progress, Runner
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class JsonLines(Listener):
+    """Writes `metrics.jsonl`; a run that goes on drops what was written past its checkpoint.
+
+    ::
+
+        {"kind": "train", "step": 1, "epoch": 1, "loss": 2.3, "accuracy": 0.1, "lr": 0.01,
+         "grad_norm": null, "samples_per_second": 5000.0}
+        {"kind": "eval", "step": 22, "epoch": 1, "loss": 0.4, "accuracy": 0.9, "samples": 360}
+
+    A loss that is no number is null, as JSON has none of those.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "metrics.jsonl"
+        self._file: IO[str] | None = None
+
+    def started(self, runner: Runner, step: int) -> None:
+        """See `Listener`; so too below."""
+        self._steps_per_epoch = runner.job.steps_per_epoch
+        kept = [line for line, record in self._lines() if record["step"] <= step]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
+        for result in results:
+            self._write(
+                kind="train",
+                step=result.step,
+                epoch=(result.step - 1) // self._steps_per_epoch + 1,
+                loss=result.loss,
+                accuracy=result.correct / result.samples,
+                lr=result.lr,
+                grad_norm=result.grad_norm,
+                samples_per_second=round(progress.samples_per_second, 1),
+            )
+        self._flush()
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
+        self._write(
+            kind="eval",
+            step=step,
+            epoch=epoch,
+            loss=evaluation.loss,
+            accuracy=evaluation.accuracy,
+            samples=evaluation.samples,
+        )
+        self._flush()
+
+    def close(self) -> None:  # noqa: D102
+        if self._file is not None:
+            self._file.close()
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each line with its record, up to one that a crash left torn."""
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    yield line, json.loads(line)
+                except json.JSONDecodeError:
+                    return
+
+    def _write(self, **record: Any) -> None:
+        assert self._file is not None, "started() comes first"
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(plain) + "\n")
+
+    def _flush(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+
+
+class TensorBoard(Listener):
+    """Writes the metrics as TensorBoard events: `tensorboard --logdir RUN`.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "tensorboard"
+        self._writer: SummaryWriter | None = None
+
+    def started(self, runner: Runner, step: int) -> None:
+        """See `Listener`; so too below."""
+        # Imported here: it takes a second that runs without TensorBoard need not wait for.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events past the checkpoint, if any, are of steps that will be taken again.
+        purge_step = step + 1 if self.folder.exists() else None
+        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
+
+    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
+        for result in results:
+            self._add("train/loss", result.loss, result.step)
+            self._add("train/accuracy", result.correct / result.samples, result.step)
+            self._add("train/lr", result.lr, result.step)
+            if result.grad_norm is not None:
+                self._add("train/grad_norm", result.grad_norm, result.step)
+        self._add("train/samples_per_second", progress.samples_per_second, progress.step)
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
+        self._add("test/loss", evaluation.loss, step)
+        self._add("test/accuracy", evaluation.accuracy, step)
+
+    def close(self) -> None:  # noqa: D102
+        if self._writer is not None:
+            self._writer.close()  # type: ignore[no-untyped-call]
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        assert self._writer is not None, "started() comes first"
+        self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]

@@ -1,0 +1,147 @@
+"""Opening run directories: new ones, and those of runs that go on. `checkpoint` shows the layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from itertools import count, zip_longest
+from pathlib import Path
+from typing import Any
+
+from hdnn_dist.checkpoint import latest_checkpoint, write_text
+from hdnn_dist.errors import CheckpointError
+from hdnn_dist.job import Job
+from hdnn_dist.spec import dump_spec
+from hdnn_dist.trainer import Runner
+
+# What a run that goes on may change: a checkpoint remains a state of the changed job, and its step
+# the same place in the same order of samples.
+MAY_CHANGE = re.compile(
+    r"cluster(\..*)?"
+    r"|data\.dir"
+    r"|topology\.agents\.\d+\.(cpu|gpu|resources|labels)(\..*)?"
+    r"|training\.(epochs|eval_every|checkpoint_every|clip_norm|alpha|shift|schedule(\..*)?)"
+    r"|training\.optimizer\.(lr|momentum|betas|weight_decay)(\..*)?"
+)
+_SHOWN = 5  # changed keys that an error names
+
+
+def vacant(job: Job, path: Path | None = None) -> Path:
+    """Where a new run of a job goes; nothing is written yet.
+
+    Args:
+        job: the job.
+        path: the run directory; default: `runs/<topology>-<data>-<time>`.
+
+    Raises:
+        CheckpointError: the path is a file, or a directory that is not empty.
+    """
+    if path is None:
+        name = re.sub(r"[^\w.-]+", "-", f"{job.topology.name}-{job.data.name}").strip(".-")
+        stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (stem.with_name(f"{stem.name}-{k}") if k > 1 else stem for k in count(1))
+        return next(path for path in names if not path.exists())
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise CheckpointError(
+            f"{path} {what}, and a new run needs a directory of its own",
+            f"name another with --run, or continue it with --resume {path}",
+        )
+    return path
+
+
+def create(job: Job, path: Path | None = None) -> Path:
+    """Make the directory of a new run, with the resolved spec in it.
+
+    Raises:
+        CheckpointError: as `vacant`.
+    """
+    run = vacant(job, path)
+    run.mkdir(parents=True, exist_ok=True)
+    write_spec(job, run)
+    return run
+
+
+def write_spec(job: Job, run: Path) -> None:
+    """Write the resolved spec into a run directory, whole or not at all."""
+    write_text(run / "spec.yaml", dump_spec(job.spec))
+
+
+def reopen(run: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job of a run, with overrides that leave its checkpoints meaningful (`MAY_CHANGE`).
+
+    Args:
+        run: the run directory.
+        overrides: `"section.key=value"`, as for `--set`.
+
+    Raises:
+        CheckpointError: not a run directory, or a key is changed that must stay.
+        SpecError: an override is wrong.
+    """
+    file = run / "spec.yaml"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{run} is no run directory: it has no spec.yaml", "name one that a training run wrote"
+        )
+    job = Job.load(file, overrides)
+    if overrides:
+        before, after = (j.spec.model_dump(mode="json") for j in (Job.load(file), job))
+        changed = [
+            f"{key} is {_show(old)}, not {_show(new)}"
+            for key, old, new in _differences(before, after)
+            if not MAY_CHANGE.fullmatch(key)
+        ]
+        if changed:
+            more = f", and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            raise CheckpointError(
+                f"{run}: {', '.join(changed[:_SHOWN])}{more} in this run, and cannot change",
+                "leave it as it is, or train a new run",
+            )
+    return job
+
+
+def restore(runner: Runner, run: Path) -> int:
+    """Load a run's latest checkpoint into its agents.
+
+    Args:
+        runner: where the agents live.
+        run: the run directory.
+
+    Returns:
+        The steps that the checkpoint has taken.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or of another job.
+    """
+    folder, manifest = latest_checkpoint(run)
+    if manifest.topology != runner.job.topology.digest():
+        raise CheckpointError(
+            f"{folder}: written by agents on another topology than that of {run / 'spec.yaml'}",
+            "restore the spec.yaml of the run",
+        )
+    runner.load(folder, manifest)
+    return manifest.step
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has come as far as its first checkpoint."""
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, old and new value of all leaves that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+    elif isinstance(old, list) and isinstance(new, list):
+        for k, (a, b) in enumerate(zip_longest(old, new)):
+            yield from _differences(a, b, f"{at}.{k}")
+    elif old != new:
+        yield at, old, new
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,71 @@
+"""Hypothesis strategies: jobs on any small graph, in every way the graph can enter the model."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from hdnn_dist.job import Job
+from hdnn_dist.spec import Spec, spec_from_dict
+
+
+@st.composite
+def edges(draw: st.DrawFn, names: list[str]) -> list[list[str]]:
+    """A connected graph: a random tree, and more edges (each in one direction only)."""
+    tree = [(draw(st.integers(0, i - 1)), i) for i in range(1, len(names))]
+    tree = [pair[::-1] if draw(st.booleans()) else pair for pair in tree]
+    pairs = [(a, b) for a in range(len(names)) for b in range(len(names)) if a != b]
+    extra = draw(st.lists(st.sampled_from(pairs), max_size=4, unique=True)) if pairs else []
+    taken: list[tuple[int, int]] = []
+    for a, b in tree + extra:
+        if (a, b) not in taken and (b, a) not in taken:
+            taken.append((a, b))
+    return [[names[a], names[b]] for a, b in taken]
+
+
+@st.composite
+def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
+    """A job on digits with a drawn graph, sizes, depth, readout and patterns."""
+    M = draw(st.integers(1, max_agents))
+    names = [f"a{i + 1}" for i in range(M)]
+    graph = draw(st.sampled_from(["K", "J", "both"]))
+    links = draw(edges(names))
+    layers = draw(st.integers(1, 3))
+    layer_graphs = None
+    if graph != "J" and draw(st.booleans()):
+        some = st.lists(st.sampled_from(links), unique_by=tuple) if links else st.just([])
+        entry = st.one_of(st.sampled_from(["topology", "none"]), some.map(lambda e: {"edges": e}))
+        layer_graphs = draw(st.lists(entry, min_size=1, max_size=3))
+    readers = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    return spec_from_dict(
+        {
+            "topology": {
+                "agents": [{"name": n, "d": draw(st.integers(1, 3))} for n in names],
+                "edges": links,
+                "directed": draw(st.booleans()),
+            },
+            "model": {
+                "graph": graph,
+                "layers": layers,
+                "h": draw(st.sampled_from([0.1, 0.5])),
+                "activation": draw(st.sampled_from(["tanh", "relu", "sigmoid"])),
+                "layer_graphs": layer_graphs,
+                "train_J": draw(st.booleans()),
+                "readout": {
+                    "agents": draw(st.sampled_from(["all", readers])),
+                    "root": draw(st.sampled_from([None, *names])),
+                },
+            },
+            "training": {
+                "batch_size": draw(st.integers(1, 5)),
+                "alpha": draw(st.sampled_from([0.0, 0.1])),
+                "clip_norm": draw(st.sampled_from([None, 0.5, 1e6])),
+                "seed": draw(st.integers(0, 100)),
+                "dtype": dtype,
+            },
+        }
+    )
+
+
+def jobs(max_agents: int = 6, dtype: str = "float64") -> st.SearchStrategy[Job]:
+    """Jobs of `specs`."""
+    return specs(max_agents, dtype).map(Job.of)

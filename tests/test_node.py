@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from hdnn_dist.exchange import Round
+from hdnn_dist.job import Job
+from hdnn_dist.node import BlockRow, Exchange
+from hdnn_dist.sparsity import offsets
+from hdnn_dist.spec import spec_from_dict
+from hdnn_dist.testing import assert_adjoint, assert_close, assert_follows_plan, assert_matches_dense
+from hdnn_dist.transport import InProcess, drive
+from hdnn_dist.worker import Worker
+from tests.strategies import jobs
+
+
+def run(agents: dict[int, Exchange[Tensor]], job: Job, batch: int = 2) -> dict[int, Tensor]:
+    return drive(agents, InProcess(job.architecture.patterns.S), batch)
+
+
+@given(jobs())
+def test_scatter_is_the_adjoint_of_gather(job: Job) -> None:
+    """Both as one linear map on the stacked vectors of all agents."""
+    patterns, sizes = job.architecture.patterns, job.architecture.patterns.sizes
+    for pattern in {*patterns.T, patterns.R}:
+        phase = Round.along("states", pattern, sizes)
+        rows = {i: BlockRow(i, pattern, sizes, phase) for i in range(len(sizes))}
+        stacked = [sum(sizes[l] for l in row) for row in pattern.rows]
+
+        def gather(y: Tensor) -> Tensor:
+            parts = [y[part] for part in offsets(sizes)]
+            out = run({i: row.gather(parts[i]) for i, row in rows.items()}, job)  # noqa: B023
+            return torch.cat([out[i] for i in sorted(out)])
+
+        def scatter(z: Tensor) -> Tensor:
+            parts = [z[part] for part in offsets(stacked)]  # noqa: B023
+            out = run({i: row.scatter(parts[i]) for i, row in rows.items()}, job)  # noqa: B023
+            return torch.cat([out[i] for i in sorted(out)])
+
+        y = torch.randn(sum(sizes), 2, dtype=torch.float64)
+        z = torch.randn(sum(stacked), 2, dtype=torch.float64)
+        assert_adjoint(gather, scatter, y, z)
+
+
+@given(jobs())
+def test_spread_is_the_adjoint_of_collect(job: Job) -> None:
+    agents = Worker(job, range(len(job.architecture.names)), InProcess(job.architecture.patterns.S))
+    nodes = {i: agent.node for i, agent in agents.agents.items()}
+    on_tree = sorted(job.architecture.tree.depth)
+    C, rounds = job.architecture.classes, job.plan.collect
+
+    def collect(y: Tensor) -> Tensor:
+        zero = torch.zeros(C, 2, dtype=torch.float64)
+        parts = dict(zip(on_tree, y.split(C), strict=True))
+        out = run({i: n.collect(rounds, parts.get(i, zero)) for i, n in nodes.items()}, job)
+        return out[job.root]
+
+    def spread(z: Tensor) -> Tensor:
+        zero = torch.zeros_like(z)
+        start = {i: z if i == job.root else zero for i in nodes}
+        out = run({i: n.spread(rounds, start[i]) for i, n in nodes.items()}, job)
+        return torch.cat([out[i] for i in on_tree])
+
+    y = torch.randn(C * len(on_tree), 2, dtype=torch.float64)
+    assert_adjoint(collect, spread, y, torch.randn(C, 2, dtype=torch.float64))
+
+
+@given(jobs())
+def test_a_distributed_step_is_the_dense_one(job: Job) -> None:
+    """Loss, all gradients, and the bytes on every edge, on any graph, in one process."""
+    transport = InProcess(job.architecture.patterns.S)
+    worker = Worker(job, range(len(job.architecture.names)), transport)
+    [result] = worker.train(1)
+    gradients = {i: agent.node.gradients for i, agent in worker.agents.items()}
+    assert_matches_dense(job, result, gradients)
+    assert_follows_plan(transport.sent, job.plan, job.architecture.patterns.S, job.batch, 8)
+
+
+@given(jobs())
+def test_the_rounds_run_in_the_order_of_the_plan(job: Job) -> None:
+    class Recorder(InProcess):
+        def exchange(self, phase: Round, mail: dict, batch: int) -> dict:
+            seen.append(phase)
+            return super().exchange(phase, mail, batch)
+
+    seen: list[Round] = []
+    Worker(job, range(len(job.architecture.names)), Recorder(job.architecture.patterns.S)).train(1)
+    assert seen == list(job.plan.training_step)
+
+
+@pytest.mark.parametrize("encoder", ["pad", "linear"])
+def test_both_encoders_and_agents_without_input(encoder: str) -> None:
+    split = {"kind": "indices", "indices": {"a1": [0], "a3": [1]}}
+    job = Job.of(
+        spec_from_dict(
+            {
+                "topology": {"agents": 4, "d": 2, "edges": {"generator": "path_graph", "args": {"n": 4}}},
+                "model": {"encoder": encoder, "layers": 3},
+                "data": {
+                    "name": "double_circles",
+                    "split": split | ({"enter": {"a3": "q"}} if encoder == "pad" else {}),
+                },
+                "training": {"dtype": "float64"},
+            }
+        )
+    )
+    worker = Worker(job, range(4), InProcess(job.architecture.patterns.S))
+    [result] = worker.train(1)
+    assert_matches_dense(job, result, {i: a.node.gradients for i, a in worker.agents.items()})
+
+
+def test_a_deep_network_keeps_its_accuracy() -> None:
+    """Rounding does not build up over 200 layers on the default ring."""
+    job = Job.load(None, ["model.layers=200", "model.h=0.05", "training.dtype=float64"])
+    worker = Worker(job, range(8), InProcess(job.architecture.patterns.S))
+    [result] = worker.train(1)
+    assert_matches_dense(job, result, {i: a.node.gradients for i, a in worker.agents.items()})
+    first = worker.agents[0].node.gradients["Kp"][0]
+    assert_close(first, first.clamp(-1e3, 1e3), "gradients at the first layer")
+    assert first.norm() > 1e-6, "the gradient vanishes"
