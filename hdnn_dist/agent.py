@@ -221,7 +221,9 @@ class Agent:
                 weight.copy_(tensors[f"weights/{name}"])
         for name, weight in self.weights.items():
             prefix = f"optimizer/{name}/"
-            state = {k[len(prefix) :]: v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+            state = {
+                k[len(prefix) :]: v.clone() for k, v in tensors.items() if k.startswith(prefix)
+            }
             if state:
                 self.optimizer.state[weight] = state
             else:

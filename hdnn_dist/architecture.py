@@ -124,8 +124,7 @@ class Architecture:
         """`(L, D_i)`: where layer `j`'s block row of `K` may be non-zero, within the union's."""
         sizes = torch.tensor([self.patterns.sizes[l] for l in self.patterns.K.rows[i]])
         allowed = [
-            torch.tensor([l in T.rows[i] for l in self.patterns.K.rows[i]])
-            for T in self.patterns.T
+            torch.tensor([l in T.rows[i] for l in self.patterns.K.rows[i]]) for T in self.patterns.T
         ]
         return torch.stack(allowed).repeat_interleave(sizes, dim=1)
 
@@ -142,7 +141,7 @@ class Architecture:
         def gaussian(*shape: int, inputs: int) -> Tensor:
             # Drawn in float64 whatever the dtype, so that both precisions start at one point.
             draw = torch.randn(*shape, generator=random, dtype=torch.float64)
-            return (draw / max(inputs, 1) ** 0.5).to(dtype)
+            return draw.div(max(inputs, 1) ** 0.5).to(dtype)
 
         d, seen = self.patterns.sizes[i], len(self.columns[i])
         L, C = self.patterns.layers, self.classes

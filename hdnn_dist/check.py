@@ -191,7 +191,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         spectral_gap=topology.spectral_gap if M <= GAP_UP_TO else None,
         patterns=tuple(_patterns(job)),
         single_exchange=patterns.single_exchange,
-        missing=tuple((names[i], names[l]) for i, l in missing.entries),
+        missing=tuple((names[i], names[j]) for i, j in missing.entries),
         layers=tuple(_layers(job)),
         step=tuple(_step(job)),
         busiest=max(traffic, key=lambda link: link.bytes, default=None),
@@ -272,7 +272,7 @@ def _unread(job: Job) -> list[str]:
     for T in patterns.T:
         p = p | (patterns.R.T @ T.T @ T @ q)
         q = q | (patterns.R @ T.T @ T @ p)
-    reached = {l for i in job.architecture.readers for l in (*p.rows[i], *q.rows[i])}
+    reached = {j for i in job.architecture.readers for j in (*p.rows[i], *q.rows[i])}
     return [
         name
         for i, name in enumerate(job.topology.names)
@@ -366,7 +366,7 @@ def _pattern_section(report: Report) -> Iterator[RenderableType]:
     if report.single_exchange:
         yield Text("RᵀTᵀT ≤ S holds: one exchange of neighbours' states would do for a half step")
     else:
-        missing = _few(f"({i}, {l})" for i, l in report.missing)
+        missing = _few(f"({i}, {j})" for i, j in report.missing)
         yield Text(
             f"RᵀTᵀT ≤ S fails, at (i, l) = {missing}: i's half step involves l, which is no "
             "neighbour; it takes several rounds of one-hop messages instead"
@@ -382,7 +382,7 @@ def _step_section(report: Report) -> Iterator[RenderableType]:
         table.add_row(phase.name, str(phase.rounds), size(phase.bytes))
     yield table
     table = _table("training step", "rounds", "bytes")
-    for phase in report.step:
+    for phase in (phase for phase in report.step if phase.rounds):
         table.add_row(phase.name, str(phase.rounds), size(phase.bytes))
     table.add_section()
     total = sum(phase.bytes for phase in report.step)

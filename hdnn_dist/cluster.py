@@ -45,6 +45,8 @@ from hdnn_dist.spec import Spec
 from hdnn_dist.transport import InProcess, PointToPoint
 from hdnn_dist.worker import Worker
 
+CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
+
 
 @dataclass(frozen=True)
 class Whereabouts:
@@ -81,9 +83,7 @@ class AgentActor:
         """Become `rank` of a torch.distributed group of `size`; leave the one before, if any."""
         self.leave()
         limit = datetime.timedelta(seconds=timeout)
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", _interface(ray.util.get_node_ip_address())
-        )
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(ray.util.get_node_ip_address()))
         store = self._store if rank == 0 else dist.TCPStore(*meeting, timeout=limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -183,8 +183,11 @@ class RayRunner:
             bundle_label_selector=[demand.labels for demand in wanted],
         )
         if not self._group.wait(self.timeout):
-            raise PlacementError(_shortage(wanted, self.timeout), "give the job fewer or smaller "
-                "agents, pack them (cluster.agents_per_actor: auto), or add machines")
+            raise PlacementError(
+                _shortage(wanted, self.timeout),
+                "give the job fewer or smaller "
+                "agents, pack them (cluster.agents_per_actor: auto), or add machines",
+            )
         for k, demand in enumerate(wanted):
             custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
             self._actors.append(
@@ -209,12 +212,9 @@ class RayRunner:
         size = len(self._actors)
         if size > 1:
             [meeting] = self._ask([(0, "open_store", (self.timeout,))])
-            self._ask(
-                [(rank, "join", (meeting, rank, size, self.timeout)) for rank in range(size)]
-            )
+            self._ask([(rank, "join", (meeting, rank, size, self.timeout)) for rank in range(size)])
         threads = [
-            self.job.spec.cluster.threads
-            or max(1, place.cores // self._nodes.count(place.node))
+            self.job.spec.cluster.threads or max(1, place.cores // self._nodes.count(place.node))
             for place in places
         ]
         digests = self._ask(
@@ -243,16 +243,20 @@ class RayRunner:
         return [result for results in self._all("train", steps) for result in results]
 
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
-        return _only(self._all("evaluate", part))
+        evaluation: Evaluation = _only(self._all("evaluate", part))
+        return evaluation
 
     def predict(self, source: Part | Path) -> np.ndarray:  # noqa: D102
-        return _only(self._all("predict", source))
+        probabilities: np.ndarray = _only(self._all("predict", source))
+        return probabilities
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return sum(self._all("sent"), Counter())
 
     def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
-        return {name: sha for part in self._all("save", folder.absolute()) for name, sha in part.items()}
+        return {
+            name: sha for part in self._all("save", folder.absolute()) for name, sha in part.items()
+        }
 
     def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
         self._all("load", folder.absolute(), manifest)
@@ -325,7 +329,7 @@ def cluster_nodes(address: str) -> list[Node]:
                 {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU") or _custom(k)},
                 node["Labels"],
             )
-            for node in ray.nodes()
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"]
         ]
     finally:
@@ -351,8 +355,11 @@ def _start(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
         return
     try:
+        host, _, port = address.partition(":")
+        if port.isdecimal():  # ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise PlacementError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
             "start one with `ray start --head`, or leave --address out to run on this machine",

@@ -28,6 +28,9 @@ from hdnn_dist.errors import SpecError
 from hdnn_dist.sparsity import BlockPattern
 from hdnn_dist.topology import Tree
 
+State = Literal["p", "q"]
+STATES: tuple[State, ...] = ("p", "q")  # in the order in which a layer updates them
+
 
 @dataclass(frozen=True)
 class Message:
@@ -55,7 +58,7 @@ class Round:
 
     @classmethod
     def along(cls, name: str, pattern: BlockPattern, sizes: Sequence[int]) -> Round:
-        """Everybody gets the state of everybody that the pattern's row names: `l → i`, `d_l` rows."""
+        """Everybody gets the states that its row of the pattern names: `l → i`, `d_l` rows."""
         messages = (Message(l, i, sizes[l]) for i, l in pattern.entries if i != l)
         return cls(name, tuple(sorted(messages, key=lambda m: (m.source, m.target))))
 
@@ -127,9 +130,7 @@ class Plan:
             SpecError: a message would use a link that the topology does not have.
         """
         patterns, sizes = architecture.patterns, architecture.patterns.sizes
-        along_T = {
-            T: Round.along("states", T, sizes) for T in dict.fromkeys(patterns.T)
-        }
+        along_T = {T: Round.along("states", T, sizes) for T in dict.fromkeys(patterns.T)}
         plan = cls(
             states=tuple(along_T[T] for T in patterns.T),
             mix=Round.along("mix", patterns.R, sizes),
@@ -148,13 +149,13 @@ class Plan:
                     )
         return plan
 
-    def half_step(self, layer: int, state: Literal["p", "q"]) -> tuple[Round, ...]:
+    def half_step(self, layer: int, state: State) -> tuple[Round, ...]:
         """The rounds that update one state (forward): states, pull, and along `R`."""
         states = self.states[layer]
         along_R = self.mix if state == "q" else self.mix.adjoint
         return _run(states, states.adjoint, along_R)
 
-    def half_step_adjoint(self, layer: int, state: Literal["p", "q"]) -> tuple[Round, ...]:
+    def half_step_adjoint(self, layer: int, state: State) -> tuple[Round, ...]:
         """The adjoints of the rounds of `half_step`, in reverse."""
         return tuple(phase.adjoint for phase in reversed(self.half_step(layer, state)))
 
@@ -162,7 +163,7 @@ class Plan:
     def forward(self) -> tuple[Round, ...]:
         """The rounds from the inputs to the scores at the root."""
         layers = range(len(self.states))
-        body = (r for j in layers for state in ("p", "q") for r in self.half_step(j, state))  # type: ignore[arg-type]
+        body = (r for j in layers for state in STATES for r in self.half_step(j, state))
         return (*body, *_run(*self.collect))
 
     @cached_property
@@ -176,7 +177,9 @@ class Plan:
         norm = _run(*self.norm)
         return (*self.forward, *self.backward, *norm, *(r.adjoint for r in reversed(norm)))
 
-    def traffic(self, rounds: Iterable[Round], batch: int, itemsize: int) -> dict[tuple[int, int], int]:
+    def traffic(
+        self, rounds: Iterable[Round], batch: int, itemsize: int
+    ) -> dict[tuple[int, int], int]:
         """Bytes from agent to agent that the given rounds move."""
         sent: dict[tuple[int, int], int] = {}
         for phase in rounds:
@@ -201,7 +204,9 @@ def _up(tree: Tree, name: str, rows: int, per_sample: bool) -> tuple[Round, ...]
     return tuple(
         Round(
             name,
-            tuple(sorted((Message(c, p, rows) for c, p in level), key=lambda m: (m.source, m.target))),
+            tuple(
+                sorted((Message(c, p, rows) for c, p in level), key=lambda m: (m.source, m.target))
+            ),
             per_sample,
         )
         for level in tree.levels

@@ -111,7 +111,7 @@ class TensorBoard(Listener):
 
         # Events past the checkpoint, if any, are of steps that will be taken again.
         purge_step = step + 1 if self.folder.exists() else None
-        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)
 
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
         for result in results:
@@ -128,8 +128,8 @@ class TensorBoard(Listener):
 
     def close(self) -> None:  # noqa: D102
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
     def _add(self, tag: str, value: float, step: int) -> None:
         assert self._writer is not None, "started() comes first"
-        self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+        self._writer.add_scalar(tag, value, step)

@@ -29,7 +29,7 @@ Exchange = Generator[Request, dict[int, Tensor], Result]
 class BlockRow:
     """The exchange that a product with block row `i`, or with its transpose, needs.
 
-    `gather` and `scatter` are adjoint to one another: `Σ_i <gather(y)^i, z^i> = Σ_l <y^l, scatter(z)^l>`.
+    `gather` and `scatter` are adjoint: `Σ_i <gather(y)^i, z^i> = Σ_l <y^l, scatter(z)^l>`.
 
     Args:
         i: the agent.
@@ -38,9 +38,7 @@ class BlockRow:
         phase: the round that brings those states.
     """
 
-    def __init__(
-        self, i: int, pattern: BlockPattern, sizes: tuple[int, ...], phase: Round
-    ) -> None:
+    def __init__(self, i: int, pattern: BlockPattern, sizes: tuple[int, ...], phase: Round) -> None:
         self.i = i
         self.row = pattern.rows[i]
         self.sizes = [sizes[l] for l in self.row]
@@ -56,7 +54,7 @@ class BlockRow:
         return torch.cat([y_dB if l == self.i else inbox[l] for l in self.row])
 
     def scatter(self, z_DB: Tensor) -> Exchange[Tensor]:
-        """Each block of `z_DB` out to the agent whose rows it has; the sum `z_dB` of own rows in."""
+        """Each block of `z_DB` out to the agent that it is for; the sum of own blocks `z_dB` in."""
         if not self.phase.messages:
             return z_DB
         parts = dict(zip(self.row, z_DB.split(self.sizes), strict=True))
@@ -128,9 +126,7 @@ class AgentNode:
         """Agent `i`'s rows of `Xᵀ Kqᵀ σ(Kq q + bq)`, or of `X Kpᵀ σ(Kp p + bp)`."""
         row, K = self.rows[layer], self._K(layer, state)
         y_DB = yield from row.gather(y_dB)
-        s = self.activation.value(
-            torch.addmm(self.weights["b" + state][layer, :, None], K, y_DB)
-        )
+        s = self.activation.value(torch.addmm(self.weights["b" + state][layer, :, None], K, y_DB))
         z = yield from row.scatter(K.T @ s)
         if "X" in self.weights:
             if state == "p":

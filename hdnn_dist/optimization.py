@@ -18,9 +18,7 @@ def build_optimizer(spec: Optimizer, weights: Iterable[nn.Parameter]) -> torch.o
             weights, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
         )
     kind = torch.optim.Adam if isinstance(spec, Adam) else torch.optim.AdamW
-    return kind(
-        weights, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True
-    )
+    return kind(weights, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
 
 
 def learning_rate(spec: Schedule, peak: float, step: int, steps: int, per_epoch: int) -> float:

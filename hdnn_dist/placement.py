@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hdnn_dist.spec import ClusterSpec
 from hdnn_dist.topology import Topology
@@ -37,7 +38,7 @@ def pack(topology: Topology, cluster: ClusterSpec, cores: int) -> Packing:
     for run in runs:
         actors = math.ceil(len(run) / size)
         ends = [len(run) * k // actors for k in range(actors + 1)]
-        packing += [tuple(run[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        packing += [tuple(run[a:b]) for a, b in pairwise(ends)]
     return tuple(packing)
 
 

@@ -1,4 +1,4 @@
-"""Opening run directories: new ones, and those of runs that go on. `checkpoint` shows the layout."""
+"""Opening run directories, new ones and those of runs that go on; `checkpoint` has the layout."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import accumulate, count
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -92,14 +92,14 @@ class BlockPattern:
     def __matmul__(self, other: BlockPattern) -> BlockPattern:
         """The pattern of the product of two matrices with these patterns."""
         return BlockPattern(
-            tuple(
-                tuple(sorted(set().union(*(other.rows[l] for l in row)))) for row in self.rows
-            )
+            tuple(tuple(sorted(set().union(*(other.rows[l] for l in row)))) for row in self.rows)
         )
 
     def __str__(self) -> str:
         width = range(self.size)
-        return "\n".join(" ".join("■" if l in set(row) else "·" for l in width) for row in self.rows)
+        return "\n".join(
+            " ".join("■" if l in set(row) else "·" for l in width) for row in self.rows
+        )
 
     def mask(self, sizes: Sequence[int], dtype: torch.dtype = torch.bool) -> Tensor:
         """The pattern blown up to `n×n`, `n = Σ sizes`: ones in the blocks that may be non-zero."""
@@ -117,9 +117,7 @@ def union(patterns: Iterable[BlockPattern]) -> BlockPattern:
 
 def offsets(sizes: Sequence[int]) -> tuple[slice, ...]:
     """Where each agent's rows lie in the stacked vector: `slice(start, start + d_i)`."""
-    return tuple(
-        slice(end - d, end) for end, d in zip(accumulate(sizes), sizes, strict=True)
-    )
+    return tuple(slice(end - d, end) for end, d in zip(accumulate(sizes), sizes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -155,9 +153,7 @@ class Patterns:
         Where it holds, a whole half step can be computed from one exchange of the states of
         neighbours (arXiv 2105.13205, the section on distributed H-DNNs).
         """
-        return all(
-            X @ T.T @ T <= self.S for T in dict.fromkeys(self.T) for X in (self.R, self.R.T)
-        )
+        return all(X @ T.T @ T <= self.S for T in dict.fromkeys(self.T) for X in (self.R, self.R.T))
 
     def layers_to_cross(self) -> int | None:
         """Layers until every agent's state depends on every agent's input; None if it never does.
@@ -166,17 +162,15 @@ class Patterns:
         """
         everyone = tuple(range(len(self.sizes)))
         p = q = BlockPattern.identity(len(self.sizes))
-        for depth in count():
+        depth, unchanged = 0, 0
+        while unchanged < self.layers:  # dependencies only grow
             if all(row == everyone for row in (p | q).rows):
                 return depth
-            if depth % self.layers == 0:
-                if depth and (p, q) == before:
-                    return None
-                before = p, q
-            T = self.T[depth % self.layers]
+            before, T = (p, q), self.T[depth % self.layers]
             p = p | (self.R.T @ T.T @ T @ q)
             q = q | (self.R @ T.T @ T @ p)
-        raise AssertionError("unreachable: dependencies only grow, and are finite")
+            depth, unchanged = depth + 1, unchanged + 1 if (p, q) == before else 0
+        return None
 
 
 def patterns_of(topology: Topology, spec: Spec) -> Patterns:

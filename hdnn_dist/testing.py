@@ -58,9 +58,7 @@ def assert_within(sent: Iterable[tuple[int, int]], links: BlockPattern) -> None:
     assert not stray, f"messages outside the graph: {stray}"
 
 
-def dense_step(
-    job: Job, step: int = 0, model: HDNN | None = None
-) -> tuple[HDNN, StepResult]:
+def dense_step(job: Job, step: int = 0, model: HDNN | None = None) -> tuple[HDNN, StepResult]:
     """The oracle: loss and gradients of a training step by autograd on the dense model.
 
     Covers forward, cross-entropy, regulariser and clipping; not the augmentation, which has no
@@ -107,7 +105,9 @@ def assert_matches_dense(
     if expected.grad_norm is not None:
         assert result.grad_norm is not None
         assert abs(result.grad_norm - expected.grad_norm) <= tolerance * (1 + expected.grad_norm)
-    dense = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in model.named_parameters()}
+    dense = {
+        n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in model.named_parameters()
+    }
     zeros = {n: torch.zeros(s) for n, s in job.architecture.shapes().items() if n not in dense}
     assert gradients.keys() == set(range(len(job.topology.agents)))
     for i, own in gradients.items():

@@ -7,7 +7,6 @@ the topology does not have, and counts every byte per pair of agents.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -91,9 +90,7 @@ class InProcess:
         self._count(phase, mail, phase.messages, phase.columns(batch))
         return mail
 
-    def _count(
-        self, phase: Round, mail: Mail, expected: Sequence[Message], columns: int
-    ) -> None:
+    def _count(self, phase: Round, mail: Mail, expected: Sequence[Message], columns: int) -> None:
         assert len(mail) == len(expected), f"round {phase.name}: not the planned messages"
         for m in expected:
             link = m.source, m.target
@@ -122,7 +119,6 @@ class PointToPoint(InProcess):
         super().__init__(links)
         self.host, self.names, self.dtype = tuple(host), tuple(names), dtype
         self.rank = dist.get_rank()
-        self.waited = 0.0
         self._routes: dict[Round, _Route] = {}
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
@@ -139,28 +135,29 @@ class PointToPoint(InProcess):
         arrived = {link: mail[link] for link in route.local}
         if not route.peers:
             return arrived
-        started = time.perf_counter()
+        buffers = {
+            peer: torch.empty(sum(m.rows for m in messages), columns, dtype=self.dtype)
+            for peer, messages in route.receives.items()
+        }
         pending: list[tuple[int, dist.Work | None]] = []
-        buffers: dict[int, Tensor] = {}
-        peer = -1
         try:
-            for peer, messages in route.receives.items():
-                buffer = torch.empty(sum(m.rows for m in messages), columns, dtype=self.dtype)
-                buffers[peer] = buffer
+            for rank, buffer in buffers.items():
+                peer = rank
                 pending.append((peer, dist.irecv(buffer, peer)))
-            for peer, messages in route.sends.items():
+            for rank, messages in route.sends.items():
+                peer = rank
                 merged = torch.cat([mail[m.source, m.target] for m in messages])
                 pending.append((peer, dist.isend(merged, peer)))
-            for peer, work in pending:
+            for rank, work in pending:
+                peer = rank
                 if work is not None:
                     work.wait()
         except RuntimeError as error:
-            theirs = ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
+            theirs = [n for n, rank in zip(self.names, self.host, strict=True) if rank == peer]
             raise TransportError(
-                f"round {phase.name}: the process of agent(s) {theirs} (rank {peer}) did not "
-                f"answer: {str(error).splitlines()[0]}"
+                f"round {phase.name}: the process of agent(s) {', '.join(theirs)} did not answer: "
+                f"{str(error).splitlines()[0]}"
             ) from error
-        self.waited += time.perf_counter() - started
         for peer, messages in route.receives.items():
             parts = buffers[peer].split([m.rows for m in messages])
             arrived.update(zip(((m.source, m.target) for m in messages), parts, strict=True))
@@ -172,9 +169,7 @@ class _Route:
 
     def __init__(self, phase: Round, host: tuple[int, ...], rank: int) -> None:
         self.planned = [m for m in phase.messages if host[m.source] == rank]
-        self.local = [
-            (m.source, m.target) for m in self.planned if host[m.target] == rank
-        ]
+        self.local = [(m.source, m.target) for m in self.planned if host[m.target] == rank]
         self.sends: dict[int, list[Message]] = {}
         self.receives: dict[int, list[Message]] = {}
         for m in phase.messages:

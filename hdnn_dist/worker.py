@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,28 +39,24 @@ class Worker:
 
     def train(self, steps: int) -> list[StepResult]:
         """Take so many optimiser steps from where the run stands."""
-        results = []
+        results: list[StepResult] = []
         for _ in range(steps):
-            step = self.step
-            results += self._drive(lambda agent: agent.train_step(step), self.job.batch)
+            actions = {i: agent.train_step(self.step) for i, agent in self.agents.items()}
+            results += self._drive(actions, self.job.batch)
             self.step += 1
         return results
 
     def evaluate(self, part: Part = "test") -> Evaluation | None:
         """Loss and accuracy over a part of the data set."""
-        total, right, samples = 0.0, 0, self.job.data.samples(part)
-        parts: list[tuple[float, int]] = []
-        for start in range(0, samples, EVAL_BATCH):
-            stop = min(start + EVAL_BATCH, samples)
-            parts += self._drive(
-                lambda agent: agent.evaluate(part, start, stop),  # noqa: B023 - used at once
-                stop - start,
-            )
-        if not parts:
+        samples = self.job.data.samples(part)
+        sums: list[tuple[float, int]] = []
+        for start, stop in _slices(samples):
+            actions = {i: a.evaluate(part, start, stop) for i, a in self.agents.items()}
+            sums += self._drive(actions, stop - start)
+        if not sums:
             return None
-        total = sum(loss for loss, _ in parts)
-        right = sum(correct for _, correct in parts)
-        return Evaluation(total / samples, right / samples, samples)
+        loss, correct = (sum(column) for column in zip(*sums, strict=True))
+        return Evaluation(loss / samples, correct / samples, samples)
 
     def predict(self, source: Part | Path) -> np.ndarray | None:
         """Class probabilities `(samples, C)` for a part of the data set or the rows of a file."""
@@ -70,14 +66,10 @@ class Worker:
             else torch.from_numpy(load_rows(self.job.spec.data, source, agent.view.columns))
             for i, agent in self.agents.items()
         }
-        samples = len(next(iter(own.values())))
         chunks: list[np.ndarray] = []
-        for start in range(0, samples, EVAL_BATCH):
-            stop = min(start + EVAL_BATCH, samples)
-            chunks += self._drive(
-                lambda agent: agent.predict(own[agent.i][start:stop]),  # noqa: B023 - used at once
-                stop - start,
-            )
+        for start, stop in _slices(len(next(iter(own.values())))):
+            actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
+            chunks += self._drive(actions, stop - start)
         return np.concatenate(chunks) if chunks else None
 
     def save(self, folder: Path) -> dict[str, str]:
@@ -97,9 +89,14 @@ class Worker:
             agent.load_state(load_agent(folder, agent.name, manifest))
         self.step = manifest.step
 
-    def _drive(self, action: Callable[[Agent], Exchange[Result | None]], batch: int) -> list[Result]:
+    def _drive(self, actions: Mapping[int, Exchange[Result | None]], batch: int) -> list[Result]:
         """Run an action of every agent here; what the root returned, if it lives here."""
         with torch.no_grad():
-            generators = {i: action(agent) for i, agent in self.agents.items()}
-            results = drive(generators, self.transport, batch)
+            results = drive(actions, self.transport, batch)
         return [result for result in results.values() if result is not None]
+
+
+def _slices(samples: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most `EVAL_BATCH` samples."""
+    for start in range(0, samples, EVAL_BATCH):
+        yield start, min(start + EVAL_BATCH, samples)

@@ -72,9 +72,9 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone(job: Job) -> None
         assert all(torch.equal(once[name], twice[name]) for name in once)
         assert not torch.equal(once["Kp"], other.initial(i)["Kp"])
         wide = job.architecture.initial(i, torch.float64)
-        assert all(
-            torch.allclose(once[n].double(), wide[n], atol=1e-6) for n in once
-        ), "both precisions start at one point"
+        assert all(torch.allclose(once[n].double(), wide[n], atol=1e-6) for n in once), (
+            "both precisions start at one point"
+        )
 
 
 def test_the_input_of_a_unit_keeps_its_scale() -> None:
@@ -82,9 +82,7 @@ def test_the_input_of_a_unit_keeps_its_scale() -> None:
     from hdnn_dist.spec import spec_from_dict
 
     job = Job.of(
-        spec_from_dict(
-            {"topology": {"agents": 3, "d": 50, "edges": [["a1", "a2"], ["a2", "a3"]]}}
-        )
+        spec_from_dict({"topology": {"agents": 3, "d": 50, "edges": [["a1", "a2"], ["a2", "a3"]]}})
     )
     dense = job.architecture.assemble(parts(job.architecture))
     y = torch.randn(200, 150, dtype=torch.float64)

@@ -90,7 +90,11 @@ def test_the_input_enters_p_or_q_with_the_encoder_pad() -> None:
             "model": {"encoder": "pad"},
             "data": {
                 "name": "swiss_roll",
-                "split": {"kind": "indices", "indices": {"a1": [0], "a3": [1]}, "enter": {"a3": "q"}},
+                "split": {
+                    "kind": "indices",
+                    "indices": {"a1": [0], "a3": [1]},
+                    "enter": {"a3": "q"},
+                },
             },
         }
     )

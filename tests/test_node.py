@@ -10,7 +10,12 @@ from hdnn_dist.job import Job
 from hdnn_dist.node import BlockRow, Exchange
 from hdnn_dist.sparsity import offsets
 from hdnn_dist.spec import spec_from_dict
-from hdnn_dist.testing import assert_adjoint, assert_close, assert_follows_plan, assert_matches_dense
+from hdnn_dist.testing import (
+    assert_adjoint,
+    assert_close,
+    assert_follows_plan,
+    assert_matches_dense,
+)
 from hdnn_dist.transport import InProcess, drive
 from hdnn_dist.worker import Worker
 from tests.strategies import jobs
@@ -96,7 +101,11 @@ def test_both_encoders_and_agents_without_input(encoder: str) -> None:
     job = Job.of(
         spec_from_dict(
             {
-                "topology": {"agents": 4, "d": 2, "edges": {"generator": "path_graph", "args": {"n": 4}}},
+                "topology": {
+                    "agents": 4,
+                    "d": 2,
+                    "edges": {"generator": "path_graph", "args": {"n": 4}},
+                },
                 "model": {"encoder": encoder, "layers": 3},
                 "data": {
                     "name": "double_circles",

@@ -85,9 +85,7 @@ def test_graphs_per_layer_repeat_over_the_depth() -> None:
 def test_the_single_exchange_condition() -> None:
     # On a path a-b-c, TᵀT joins a and c, who cannot talk; on a triangle all can.
     path = Job.of(spec_from_dict({"topology": {"edges": [["a", "b"], ["b", "c"]]}}))
-    triangle = Job.of(
-        spec_from_dict({"topology": {"edges": [["a", "b"], ["b", "c"], ["c", "a"]]}})
-    )
+    triangle = Job.of(spec_from_dict({"topology": {"edges": [["a", "b"], ["b", "c"], ["c", "a"]]}}))
     assert not path.architecture.patterns.single_exchange
     assert triangle.architecture.patterns.single_exchange
 

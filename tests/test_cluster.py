@@ -1,0 +1,201 @@
+"""Real Ray actors and a real torch.distributed group."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+from hdnn_dist.cluster import AgentActor, RayRunner
+from hdnn_dist.data import load_features
+from hdnn_dist.errors import AgreementError, PlacementError, RunError
+from hdnn_dist.job import Job
+from hdnn_dist.placement import Packing, hosts
+from hdnn_dist.testing import assert_close, assert_follows_plan, assert_matches_dense
+from hdnn_dist.trainer import LocalRunner
+from tests.strategies import jobs
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+
+# Workers cannot import a test module: its classes travel whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+TINY = ["topology.d=2", "model.layers=2", "training.dtype=float64", "cluster.timeout=30"]
+
+
+class Probe(AgentActor):
+    """An actor that a test may look into; nothing of this is in the package."""
+
+    def gradients(self) -> dict[int, dict[str, Tensor]]:
+        return {i: agent.node.gradients for i, agent in self.worker.agents.items()}
+
+    def holds(self, canaries: list[bytes]) -> list[bool]:
+        """Whether any live tensor or array has these bytes in it, by rows or by columns."""
+        gc.collect()
+        blobs: set[bytes] = set()
+        # Plain arrays are not tracked themselves, but what holds them is.
+        for thing in gc.get_referents(*gc.get_objects()):
+            if isinstance(thing, Tensor):
+                thing = thing.detach().numpy()
+            if type(thing) is np.ndarray and thing.dtype.kind == "f":
+                blobs |= {thing.tobytes("C"), thing.tobytes("F")}
+        return [any(canary in blob for blob in blobs) for canary in canaries]
+
+
+def call(actors: list[Any], method: str, *arguments: Any) -> list[Any]:
+    return ray.get([getattr(actor, method).remote(*arguments) for actor in actors])
+
+
+@pytest.fixture(scope="module")
+def three(cluster: None) -> Iterator[list[Any]]:
+    """Three actors in a group, for any number of jobs one after the other."""
+    actors = [ray.remote(Probe).options(num_cpus=0).remote() for _ in range(3)]
+    meeting = ray.get(actors[0].open_store.remote(30))
+    ray.get([a.join.remote(meeting, rank, 3, 30) for rank, a in enumerate(actors)])
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
+
+
+def host(actors: list[Any], job: Job) -> Packing:
+    """Deal a job's agents to the actors in turn, so that neighbours are apart."""
+    M, size = len(job.topology.agents), len(actors)
+    packing = tuple(tuple(range(rank, M, size)) for rank in range(size))
+    digests = ray.get(
+        [
+            actor.host.remote(job.spec, packing[rank], packing, 1)
+            for rank, actor in enumerate(actors)
+        ]
+    )
+    assert set(digests) == {job.digest}
+    return packing
+
+
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@given(job=jobs(max_agents=6))
+def test_a_step_on_actors_is_the_dense_one(three: list[Any], job: Job) -> None:
+    """Loss, all gradients and the bytes on every edge, on any graph."""
+    host(three, job)
+    [result] = sum(call(three, "train", 1), [])
+    gradients = {i: own for part in call(three, "gradients") for i, own in part.items()}
+    assert_matches_dense(job, result, gradients)
+    sent = {link: size for part in call(three, "sent") for link, size in part.items()}
+    assert_follows_plan(sent, job.plan, job.architecture.patterns.S, job.batch, 8)
+
+
+def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(three: list[Any]) -> None:
+    job = Job.load(None, TINY)
+    packing = host(three, job)
+    call(three, "train", 3)
+    local = LocalRunner(job)  # the same run, to know what the others' weights look like
+    local.train(3)
+    canaries: list[bytes] = []
+    owners: list[int] = []
+    for i, agent in local.worker.agents.items():
+        columns = load_features(job.spec.data, "train", job.views[i].columns)
+        state = agent.state()
+        for secret in (
+            torch.from_numpy(columns).double()[:40],
+            *(state[f"weights/{name}"][0] for name in ("Kp", "Kq", "encoder.weight")),
+            state["optimizer/Kp/exp_avg"][0],
+            agent.node.gradients["Kq"][0],
+        ):
+            canaries.append(secret.contiguous().numpy().tobytes())
+            owners.append(i)
+    rank_of = hosts(packing)
+    for rank, held in enumerate(call(three, "holds", canaries)):
+        assert held == [rank_of[owner] == rank for owner in owners]
+
+
+@pytest.mark.parametrize("per_actor", [1, 3])
+def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_path: Path) -> None:
+    job = Job.load(
+        None,
+        [
+            *TINY,
+            "topology.agents=6",
+            "topology.edges.args.n=6",
+            "training.clip_norm=0.5",
+            f"cluster.agents_per_actor={per_actor}",
+        ],
+    )
+    runner, local = RayRunner(job), LocalRunner(job)
+    try:
+        assert len(runner.packing) == 6 // per_actor
+        ours, theirs = runner.train(4), local.train(4)
+        assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], abs=1e-12)
+        assert [r.grad_norm for r in ours] == pytest.approx([r.grad_norm for r in theirs])
+        assert runner.evaluate() == local.evaluate()
+        assert runner.sent() == local.sent()
+        assert_close(torch.tensor(runner.predict("test")), torch.tensor(local.predict("test")), "P")
+        files = runner.save(tmp_path)
+        assert sorted(files) == sorted(job.topology.names)
+        assert {f.stem for f in tmp_path.iterdir()} == set(job.topology.names)
+    finally:
+        runner.close()
+    assert ray.is_initialized(), "a Ray that was there before is left alone"
+
+
+def test_a_dead_actor_ends_the_run_at_once_and_is_named() -> None:
+    job = Job.load(
+        None,
+        [
+            *TINY,
+            "topology.agents=2",
+            "topology.edges.args.n=2",
+            "topology.edges.generator=path_graph",
+        ],
+    )
+    runner = RayRunner(job)
+    try:
+        runner.train(1)
+        threading.Timer(1.0, ray.kill, (runner._actors[1],)).start()
+        started = time.monotonic()
+        with pytest.raises(RunError, match="agent a"):
+            runner.train(10**6)
+        assert time.monotonic() - started < 20
+    finally:
+        runner.close()
+
+
+def test_actors_that_see_another_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job.load(None, [*TINY, "topology.agents=1", "topology.edges=[]"])
+    object.__setattr__(job, "digest", "0" * 64)
+    with pytest.raises(AgreementError, match="one version of hdnn_dist"):
+        RayRunner(job)
+
+
+def test_what_the_cluster_lacks_is_named() -> None:
+    job = Job.load(
+        None,
+        [
+            *TINY,
+            "topology.agents=[{name: a, resources: {camera: 2}}]",
+            "topology.edges=[]",
+            "cluster.timeout=1",
+        ],
+    )
+    with pytest.raises(PlacementError, match="2 camera asked for, 0 there"):
+        RayRunner(job)
+
+
+def test_a_cluster_that_is_not_there_is_named() -> None:
+    # In a process of its own: this one has joined a Ray already.
+    code = (
+        "from hdnn_dist.cluster import RayRunner; from hdnn_dist.job import Job\n"
+        "RayRunner(Job.load(None), '127.0.0.1:1')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "PlacementError: no Ray cluster answers at '127.0.0.1:1'" in done.stderr
