@@ -329,7 +329,7 @@ def cluster_nodes(address: str) -> list[Node]:
                 {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU") or _custom(k)},
                 node["Labels"],
             )
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            for node in ray.nodes()
             if node["Alive"]
         ]
     finally:

@@ -59,7 +59,7 @@ class BlockRow:
             return z_DB
         parts = dict(zip(self.row, z_DB.split(self.sizes), strict=True))
         inbox = yield self.phase.adjoint, {l: parts[l] for l in self.asks}
-        total = parts[self.i]
+        total: Tensor = parts[self.i]
         for l in self.serves:  # ascending: the same sum however the agents are packed
             total = total + inbox[l]
         return total

@@ -239,7 +239,7 @@ class ModelSpec(Section):
         min_length=1,
         description="T per layer, repeated in turn over the depth; default: the topology.",
     )
-    train_J: bool = Field(  # noqa: N815 (the paper's J)
+    train_J: bool = Field(
         default=False, description="Train X (hence J), which stays the same in every layer."
     )
     encoder: Literal["linear", "pad"] = Field(

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from hdnn_dist import data, mnist
+from hdnn_dist.data import DataInfo
+from tests.mnist_files import COUNTS, write
 
 # Machines differ and tests share their cores: no test passes or fails by the clock.
 settings.register_profile(
@@ -31,3 +37,22 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """A small MNIST: the contents by file name, and the library made to expect it."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(mnist, "SAMPLES", COUNTS)
+    monkeypatch.setitem(data.SETS, "mnist", DataInfo("mnist", 784, 10, (28, 28), *COUNTS.values()))
+    arrays = {}
+    for (part, content), (stem, _) in mnist.FILES.items():
+        shape, top = ((COUNTS[part], 28, 28), 256) if content == "images" else ((COUNTS[part],), 10)
+        arrays[stem] = rng.integers(0, top, shape, np.uint8)
+    return arrays
+
+
+@pytest.fixture
+def folder(small: dict[str, np.ndarray], tmp_path: Path) -> Path:
+    """The files of `small`."""
+    return write(tmp_path / "mnist", small)

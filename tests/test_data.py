@@ -25,6 +25,7 @@ from hdnn_dist import data, mnist
 from hdnn_dist.data import DataInfo, View, describe, load_features, load_labels, split_features
 from hdnn_dist.errors import DataError, SpecError
 from hdnn_dist.spec import DataSpec
+from tests.mnist_files import idx, write
 
 PLANE = ("swiss_roll", "double_circles", "double_moons")
 NAMES = ["a1", "a2", "a3", "a4"]
@@ -270,43 +271,10 @@ def test_columns_come_in_the_order_given(columns: list[int]) -> None:
 
 # --- MNIST files ---------------------------------------------------------------------------------
 
-COUNTS = {"train": 2500, "test": 30}
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
 @pytest.fixture(autouse=True)
 def no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HDNN_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """A small MNIST: the contents by file name, and the library made to expect it."""
-    rng = np.random.default_rng(0)
-    monkeypatch.setattr(mnist, "SAMPLES", COUNTS)
-    monkeypatch.setitem(data.SETS, "mnist", DataInfo("mnist", 784, 10, (28, 28), *COUNTS.values()))
-    arrays = {}
-    for (part, content), (stem, _) in mnist.FILES.items():
-        shape, top = ((COUNTS[part], 28, 28), 256) if content == "images" else ((COUNTS[part],), 10)
-        arrays[stem] = rng.integers(0, top, shape, np.uint8)
-    return arrays
-
-
-def write(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
-    folder.mkdir(parents=True)
-    for name, array in arrays.items():
-        raw = idx(array)
-        (folder / name).write_bytes(gzip.compress(raw, 1) if name.endswith(".gz") else raw)
-    return folder
-
-
-@pytest.fixture
-def folder(small: dict[str, np.ndarray], tmp_path: Path) -> Path:
-    return write(tmp_path / "mnist", small)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
