@@ -74,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except HdnnError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        if error.filename is None:  # not about a file: a bug of ours
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -237,9 +242,7 @@ def schema() -> None:
 
 
 @contextmanager
-def _opened(
-    job: Job, run: Path, address: str | None, local: bool
-) -> Iterator[tuple[Runner, int]]:
+def _opened(job: Job, run: Path, address: str | None, local: bool) -> Iterator[tuple[Runner, int]]:
     """The agents of a run as its latest checkpoint has them, and its step."""
     from hdnn_dist.checkpoint import latest_checkpoint
     from hdnn_dist.data import ensure_available

@@ -113,13 +113,20 @@ def restore(runner: Runner, run: Path) -> int:
         The steps that the checkpoint has taken.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged or of another job.
+        CheckpointError: there is no checkpoint, or it is damaged, of another job, or past its end.
     """
     folder, manifest = latest_checkpoint(run)
     if manifest.topology != runner.job.topology.digest():
         raise CheckpointError(
             f"{folder}: written by agents on another topology than that of {run / 'spec.yaml'}",
             "restore the spec.yaml of the run",
+        )
+    job = runner.job
+    if manifest.step > job.steps:
+        raise CheckpointError(
+            f"{run} has taken {manifest.step} steps, but {job.spec.training.epochs} epochs are "
+            f"{job.steps}",
+            f"set training.epochs to {-(-manifest.step // job.steps_per_epoch)} or more",
         )
     runner.load(folder, manifest)
     return manifest.step

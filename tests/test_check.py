@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hdnn_dist.check import Phase, Report, examine, render
+from hdnn_dist.job import Job
+from hdnn_dist.placement import Node
+from hdnn_dist.spec import spec_from_dict
+
+HERE = Node("here", {"CPU": 4.0}, {})
+
+
+def report(*nodes: Node, **sections: Any) -> Report:
+    return examine(Job.of(spec_from_dict(sections)), nodes or (HERE,))
+
+
+def line(names: str, **agent: Any) -> dict[str, Any]:
+    agents = [{"name": name, **agent} for name in names]
+    return {
+        "name": "line",
+        "agents": agents,
+        "d": 2,
+        "edges": [list(pair) for pair in pairwise(names)],
+    }
+
+
+def shown(found: Report) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render(found))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_line_of_three_worked_out_by_hand() -> None:
+    found = report(
+        topology=line("abc"),
+        model={"layers": 2},
+        training={"batch_size": 32},
+        cluster={"agents_per_actor": 2},
+    )
+    assert (found.edges, found.links, found.diameter) == (2, 2, 2)
+    assert found.spectral_gap == pytest.approx(1)  # of a path of three: eigenvalues 0, 1, 2
+    # 64 features in three runs of 22, 21, 21.
+    assert [agent.features for agent in found.agents] == [22, 21, 21]
+    # Kp, Kq and biases: 2 layers · 2 · d(D + 1), D = 4, 6, 4; encoder 2d(F + 1); readout 2dC;
+    # and the ten biases of the readout at b.
+    assert [agent.parameters for agent in found.agents] == [
+        40 + 92 + 40,
+        56 + 88 + 40 + 10,
+        40 + 88 + 40,
+    ]
+    # n = 6: 2 · 2 · n(n + 1), the readout 2n · 10 + 10, the encoder 2n(64 + 1).
+    assert (found.parameters, found.dense_parameters) == (534, 168 + 130 + 780)
+    rows = {pattern.symbol: pattern.rows for pattern in found.patterns}
+    assert rows["T"] == ((0, 1), (0, 1, 2), (1, 2))
+    assert rows["TᵀT"] == rows["RᵀTᵀT"] == ((0, 1, 2),) * 3
+    assert rows["R"] == ((0,), (1,), (2,))
+    assert not found.single_exchange
+    assert found.missing == (("a", "c"), ("c", "a"))
+    # A message: 2 rows · 32 samples · 4 bytes = 256; four of them a round; a half step is two
+    # rounds, a layer four. Scores: two messages of 10 · 32 · 4 to b.
+    assert found.layers == (Phase("layers 0, 1", 4, 4096),)
+    assert found.step == (
+        Phase("layers forward", 8, 8192),
+        Phase("scores to the root", 1, 2560),
+        Phase("their cotangent back", 1, 2560),
+        Phase("layers backward", 8, 8192),
+        Phase("norm of the gradient", 0, 0),
+    )
+    assert {(l.source, l.target, l.bytes) for l in found.traffic} == {
+        (*pair, 5376) for pair in ("ab", "ba", "bc", "cb")
+    }
+    assert (found.root, found.tree_depth, found.layers_to_cross) == ("b", 1, 1)
+    assert [actor.agents for actor in found.actors] == [("a",), ("b", "c")]
+    assert (found.crossing_links, found.crossing_bytes) == (2, 10752)
+    assert found.warnings == ()
+
+
+def test_clipping_adds_the_norm_up_and_down_the_tree() -> None:
+    found = report(topology=line("abc"), training={"clip_norm": 1.0})
+    assert found.step[-1] == Phase("norm of the gradient", 2, 16)  # four floats
+
+
+def test_the_graph_in_J_needs_one_exchange() -> None:
+    found = report(topology=line("abc"), model={"graph": "J", "layers": 1})
+    assert found.single_exchange
+    assert found.missing == ()
+    assert found.layers[0].rounds == 2
+    assert "≤ S holds" in shown(found)
+
+
+def test_each_layer_graph_is_told() -> None:
+    found = report(topology=line("abc"), model={"layers": 3, "layer_graphs": ["topology", "none"]})
+    assert [(phase.name, phase.rounds) for phase in found.layers] == [
+        ("layers 0, 2", 4),
+        ("layer 1", 0),
+    ]
+    assert "T in layers 1" in [pattern.symbol for pattern in found.patterns]
+
+
+def test_too_few_layers_are_warned_of() -> None:
+    # A layer takes information two hops by p and another two by q: seven hops need two layers.
+    found = report(topology=line("abcdefgh"), model={"layers": 1})
+    assert found.layers_to_cross == 2
+    assert [w for w in found.warnings if "needs 2 layers" in w and "there are 1" in w]
+    deep = report(topology=line("abcdefgh"), model={"layers": 2})
+    assert not [w for w in deep.warnings if "layers" in w]
+
+
+def test_a_graph_that_is_never_crossed_and_input_that_is_never_read() -> None:
+    topology = {"agents": ["a", "b", "c"], "edges": [["a", "b"]]}
+    readout = {"agents": ["a"]}
+    found = report(topology=topology, model={"readout": readout})
+    assert found.diameter is None
+    assert found.layers_to_cross is None
+    assert any("never crosses" in warning for warning in found.warnings)
+    assert any("the input of c:" in warning for warning in found.warnings)
+
+
+def test_placement_on_nodes() -> None:
+    camera = Node("camera", {"CPU": 1.0, "camera": 1.0}, {"site": "north"})
+    topology = line("ab", cpu=1.0, resources={"camera": 1.0}, labels={"site": "north"})
+    found = report(camera, HERE, topology=topology)
+    assert [actor.node for actor in found.actors] == ["camera", None]
+    [warning] = found.warnings
+    assert "1 of 2 actors find no place; the first, of b, asks for" in warning
+    assert "1 CPU, 1 camera, the label site=north" in warning
+
+
+def test_more_actors_than_cores_are_warned_of() -> None:
+    found = report(topology=line("abcdef"))
+    assert any("6 actors share 4 cores" in warning for warning in found.warnings)
+    packed = report(topology=line("abcdef"), cluster={"agents_per_actor": "auto"})
+    assert len(packed.actors) == 3
+    assert packed.warnings == ()
+
+
+def test_the_report_is_plain_json_and_is_shown_whole() -> None:
+    found = report(topology=line("abc"), model={"layers": 1})
+    assert json.loads(json.dumps(asdict(found)))["missing"] == [["a", "c"], ["c", "a"]]
+    text = shown(found)
+    for part in ("■ ■ ·", "■ ■ ■", "(a, c), (c, a)", "diameter 2", "a → b", "node here: 4 CPU"):
+        assert part in text
+
+
+def test_a_large_graph_shows_densities_in_place_of_drawings() -> None:
+    ring = {"generator": "cycle_graph", "args": {"n": 40}}
+    found = report(topology={"d": 1, "edges": ring}, model={"layers": 1})
+    text = shown(found)
+    assert "■" not in text
+    assert "7.50%" in text  # three of forty
+    assert "… and 8 more agents" in text
+
+
+@pytest.mark.cluster
+def test_the_nodes_of_a_live_cluster(cluster: None) -> None:
+    import ray
+
+    from hdnn_dist.cluster import cluster_nodes
+
+    [node] = cluster_nodes("auto")
+    assert node.resources == {"CPU": 2.0}
+    assert ray.is_initialized()  # it was joined before, and stays so

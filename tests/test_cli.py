@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hdnn_dist.cli import main
+from hdnn_dist.data import PIXELS, load_features
+from hdnn_dist.errors import RunError
+from hdnn_dist.spec import DataSpec, json_schema
+from hdnn_dist.trainer import LocalRunner
+
+SPEC = """\
+topology: {name: line, agents: [a, b, c], d: 2, edges: [[a, b], [b, c]]}
+model: {layers: 2}
+data: {name: digits, train_samples: 96, test_samples: 50}
+training: {epochs: 3, batch_size: 32}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "line.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+@pytest.fixture
+def trained(spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    run = tmp_path / "trained"
+    assert hdnn("train", spec, "--local", "--run", run, "--no-tensorboard") == 0
+    capsys.readouterr()
+    return run
+
+
+def hdnn(*arguments: object) -> int:
+    """The exit code of a command."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    return int(exit.value.code or 0)
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """The weights and optimiser states of the latest checkpoint."""
+    folder = sorted((run / "checkpoints").iterdir())[-1]
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(r["kind"], r["step"], r["loss"]) for r in records]
+
+
+def test_train_leaves_a_whole_run_directory(
+    spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert hdnn("train", spec, "--local", "--run", run, "--set", "training.epochs=2") == 0
+    shown = capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"test accuracy {summary['test_accuracy']:.2%}" in shown
+    assert f"run: {run}" in shown
+    assert summary["steps"] == 6
+    assert [step for kind, step, _ in losses(run) if kind == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [step for kind, step, _ in losses(run) if kind == "eval"] == [3, 6]
+    assert sorted(files(run)) == [f"{name}.safetensors" for name in "abc"]
+    assert "epochs: 2" in (run / "spec.yaml").read_text()
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    spec: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "cut"
+    train = LocalRunner.train
+
+    def interrupted(self: LocalRunner, steps: int) -> object:
+        if self.worker.step >= 4:
+            raise KeyboardInterrupt
+        return train(self, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalRunner, "train", interrupted)
+        patch.setattr("hdnn_dist.trainer.REPORT_EVERY", 0.0)  # steps one by one
+        assert hdnn("train", spec, "--local", "--run", run, "--no-tensorboard") == 130
+    assert capsys.readouterr().err == (
+        f"interrupted; continue with: hdnn-dist train --resume {run} --local\n"
+    )
+    assert losses(run)[-1][1] == 4  # one past the checkpoint: this record is dropped
+    assert hdnn("train", "--resume", run, "--local", "--no-tensorboard") == 0
+    assert files(run) == files(trained)
+    assert losses(run) == losses(trained)
+
+
+def test_a_run_cut_before_its_first_checkpoint_starts_again(
+    spec: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "early"
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalRunner, "train", lambda *_: (_ for _ in ()).throw(RunError("cut")))
+        assert hdnn("train", spec, "--local", "--run", run, "--no-tensorboard") == 1
+    assert hdnn("eval", run, "--local") == 2
+    assert hdnn("train", "--resume", run, "--local", "--no-tensorboard") == 0
+    assert files(run) == files(trained)
+
+
+def test_a_run_can_be_prolonged(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = "training.epochs=4"
+    assert hdnn("train", "--resume", trained, "--local", "--set", longer) == 0
+    assert json.loads((trained / "summary.json").read_text())["steps"] == 12
+    capsys.readouterr()
+    assert hdnn("train", "--resume", trained, "--local") == 0  # 4 is now in its spec
+    assert "continues after step 12 of 12" in capsys.readouterr().out
+    assert hdnn("train", "--resume", trained, "--local", "--set", "training.epochs=2") == 2
+    assert "set training.epochs to 4 or more" in error_of(capsys)
+
+
+def test_eval_is_what_the_summary_says(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hdnn("eval", trained, "--local", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert (result["accuracy"], result["loss"]) == (summary["test_accuracy"], summary["test_loss"])
+    assert (result["part"], result["samples"], result["step"]) == ("test", 50, 9)
+    assert hdnn("eval", trained, "--local", "--part", "train") == 0
+    assert "(96 samples, step 9)" in capsys.readouterr().out
+
+
+def test_predict_writes_a_line_a_sample(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hdnn("predict", trained, "--local") == 0
+    text = capsys.readouterr().out
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["index"] for row in rows] == [str(k) for k in range(50)]
+    for row in rows:
+        p = [float(row[f"p{c}"]) for c in range(10)]
+        assert sum(p) == pytest.approx(1, abs=1e-4)
+        assert float(row["probability"]) == max(p) == p[int(row["class"])]
+
+    # The same samples as raw pixels in a file.
+    white, mean, std = PIXELS["digits"]
+    x_BF = load_features(DataSpec(test_samples=50), "test", range(64))
+    np.save(tmp_path / "raw.npy", np.rint((x_BF * std + mean) * white))
+    out = tmp_path / "out.csv"
+    assert hdnn("predict", trained, "--local", "--input", tmp_path / "raw.npy", "--out", out) == 0
+    again = list(csv.DictReader(out.open()))
+    assert [row["class"] for row in again] == [row["class"] for row in rows]
+
+
+def test_check_and_train_refuse_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.yaml"
+    for text, says in (
+        ("topology: {agents: [a], colour: red}", "bad.yaml:1: topology.colour: unknown key"),
+        ("topology:\n  agents: [a]\n  edges: [[a, z]]", "bad.yaml:3: topology.edges.0"),
+        ("topology:\n  agents: 2", "model.readout"),  # no path to the root
+        ("topology: {agents: 1}\nmodel: {layers: none}", "bad.yaml:2: model.layers"),
+        ("topology: {agents: 1}\nmodel:\n  encoder: pad", "bad.yaml:3: model.encoder"),
+        ("topology: [", "not YAML"),
+    ):
+        bad.write_text(text)
+        assert hdnn("check", bad) == 2
+        refused = error_of(capsys)
+        assert says in refused
+        assert hdnn("train", bad, "--local", "--run", tmp_path / "no") == 2
+        assert error_of(capsys) == refused
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("train nowhere.yaml --local", "cannot read nowhere.yaml"),
+        ("train --local --set epochs=3", "epochs: unknown key"),
+        ("train --local --set training.epochs", "--set training.epochs: this is no override"),
+        ("train --local --data-dir .", "digits is built in and reads no folder"),
+        ("train --local --address auto", "--local and --address are both given"),
+        ("train --resume {run} --local --run other", "--run is given with --resume"),
+        ("train spec.yaml --resume {run} --local", "a SPEC is given with --resume"),
+        ("train --local --run {run}", "is not empty"),
+        ("train --resume {run} --local --set model.layers=3", "model.layers is 2, not 3"),
+        ("train --resume nowhere --local", "nowhere is no run directory"),
+        ("eval nowhere --local", "nowhere is no run directory"),
+        ("eval {run} --local --set training.seed=1", "training.seed is 0, not 1"),
+        ("predict nowhere --local", "nowhere is no run directory"),
+        ("predict {run} --local --input nowhere.npy", "nowhere.npy cannot be read"),
+        ("predict {run} --local --out nowhere/out.csv", "there is no folder nowhere"),
+        ("check nowhere.yaml", "cannot read nowhere.yaml"),
+        ("check --address 127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: str,
+    says: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hdnn(*arguments.format(run=trained).split()) == 2
+    assert says in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["frobnicate", "train --epochs 3", "eval", "eval x --part valid"]
+)
+def test_usage_errors_exit_with_2(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hdnn(*arguments.split()) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_made(
+    spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hdnn("train", spec, "--local", "--run", spec / "run") == 1
+    assert str(spec) in error_of(capsys)
+
+
+def test_schema_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hdnn("schema") == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
+    assert hdnn("--version") == 0
+    assert capsys.readouterr().out.startswith("hdnn-dist ")
+
+
+def test_help_and_bad_specs_do_not_wait_for_torch_and_ray() -> None:
+    code = (
+        "import sys, hdnn_dist.cli as cli\n"
+        "try: cli.main(['train', '--set', 'model.layers=none'])\n"
+        "except SystemExit as exit: assert exit.code == 2, exit.code\n"
+        "print([m for m in ('torch', 'ray', 'networkx') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+def test_python_m_runs_the_command_line() -> None:
+    command = [sys.executable, "-m", "hdnn_dist", "--version"]
+    assert subprocess.run(command, capture_output=True).stdout.startswith(b"hdnn-dist ")
+
+
+@pytest.mark.cluster
+def test_train_and_eval_on_ray(
+    spec: Path,
+    trained: Path,
+    tmp_path: Path,
+    cluster: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "ray"
+    two = ("--set", "cluster.agents_per_actor=2")
+    assert hdnn("train", spec, *two, "--run", run, "--no-tensorboard") == 0
+    assert "3 agents on 2 Ray actors" in capsys.readouterr().out
+    # float32 and other shapes of the same sums: close, not equal
+    assert [loss for *_, loss in losses(run)] == pytest.approx(
+        [loss for *_, loss in losses(trained)], rel=1e-4
+    )
+    assert hdnn("eval", run, "--json") == 0
+    on_ray = json.loads(capsys.readouterr().out)
+    assert hdnn("eval", run, "--local", "--json") == 0
+    here = json.loads(capsys.readouterr().out)
+    assert here["loss"] == pytest.approx(on_ray["loss"], rel=1e-5)
+    assert here["step"] == on_ray["step"] == 9

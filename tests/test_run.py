@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hdnn_dist.checkpoint import write_checkpoint
+from hdnn_dist.errors import CheckpointError
+from hdnn_dist.job import Job
+from hdnn_dist.run import create, has_checkpoint, reopen, restore, vacant
+from hdnn_dist.spec import spec_from_dict
+from hdnn_dist.trainer import LocalRunner
+
+
+def tiny(**changes: object) -> Job:
+    topology = {"name": "a pair/of", "agents": ["a", "b"], "d": 2, "edges": [["a", "b"]]}
+    sections = {"data": {"train_samples": 64, "test_samples": 10}, "model": {"layers": 1}}
+    return Job.of(spec_from_dict({"topology": topology, **sections, **changes}))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return create(tiny(), tmp_path / "run")
+
+
+def test_a_run_comes_back_as_the_same_job(run: Path) -> None:
+    assert reopen(run).digest == tiny().digest
+    assert not has_checkpoint(run)
+
+
+def test_a_new_run_gets_a_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    job = tiny()
+    assert [create(job), create(job)] == [
+        Path("runs/a-pair-of-digits-now"),
+        Path("runs/a-pair-of-digits-now-2"),
+    ]
+    (tmp_path / "empty").mkdir()
+    assert vacant(job, tmp_path / "empty") == tmp_path / "empty"
+
+
+def test_a_place_that_is_taken_is_refused(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not empty.*--resume"):
+        create(tiny(), run)
+    with pytest.raises(CheckpointError, match="is a file"):
+        vacant(tiny(), run / "spec.yaml")
+
+
+def test_what_a_run_that_goes_on_may_change(run: Path) -> None:
+    job = reopen(
+        run,
+        [
+            "training.epochs=40",
+            "training.schedule={name: cosine}",
+            "training.optimizer.lr=0.5",
+            "training.clip_norm=1",
+            "cluster.agents_per_actor=auto",
+            "topology.agents.0.resources={camera: 1}",
+        ],
+    )
+    assert job.spec.training.epochs == 40
+    assert job.topology.agents[0].resources == {"camera": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.layers=3", "model.layers is 1, not 3"),
+        ("topology.agents.1.d=5", "topology.agents.1.d is 2, not 5"),
+        ("topology.agents=[a, b, c]", "topology.agents.2 is null, not"),
+        ("data.train_samples=32", "data.train_samples is 64, not 32"),
+        ("training.batch_size=8", "training.batch_size is 64, not 8"),
+        ("training.seed=3", "training.seed is 0, not 3"),
+        ("training.dtype=float64", 'training.dtype is "float32", not "float64"'),
+        ("training.optimizer.name=sgd", 'training.optimizer.name is "adam", not "sgd"'),
+    ],
+)
+def test_what_it_may_not(run: Path, override: str, says: str) -> None:
+    extra = ["model.readout={agents: [a]}"] if "[a, b, c]" in override else []
+    with pytest.raises(CheckpointError) as error:
+        reopen(run, [override, *extra])
+    assert says in str(error.value)
+
+
+def test_every_changed_key_is_named(run: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        reopen(run, ["model.layers=3", "model.h=0.5", "training.epochs=2"])
+    assert "model.layers is 1, not 3, model.h is 0.25, not 0.5 in this run" in str(error.value)
+
+
+def test_no_run_and_no_checkpoint(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no spec\.yaml"):
+        reopen(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        restore(LocalRunner(tiny()), run)
+
+
+def test_restore_puts_the_agents_back(run: Path) -> None:
+    runner = LocalRunner(tiny())
+    runner.train(1)
+    write_checkpoint(run, 1, runner.job.topology.digest(), runner.save)
+    other = LocalRunner(tiny())
+    assert restore(other, run) == 1
+    for a, b in zip(runner.worker.agents.values(), other.worker.agents.values(), strict=True):
+        assert all((a.state()[key] == b.state()[key]).all() for key in a.state())
+    assert runner.train(1) == other.train(1)
+
+
+def test_restore_refuses_another_topology_and_a_run_that_is_too_long(run: Path) -> None:
+    runner = LocalRunner(tiny())
+    write_checkpoint(run, 1, "another", runner.save)
+    with pytest.raises(CheckpointError, match="another topology"):
+        restore(runner, run)
+    runner.worker.step = 3
+    write_checkpoint(run, 3, runner.job.topology.digest(), runner.save)
+    short = LocalRunner(tiny(training={"epochs": 2}))
+    with pytest.raises(CheckpointError, match=r"has taken 3 steps, but 2 epochs are 2.*to 3 or"):
+        restore(short, run)
