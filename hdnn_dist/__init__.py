@@ -1,3 +1,57 @@
-"""Distributed training of Hamiltonian deep networks on a graph of agents."""
+"""Distributed training of Hamiltonian deep networks on a graph of agents.
+
+The calls in `hdnn_dist.api` are what most programs need; `Job`, `Topology`, `HDNN`, `Trainer` and
+the runners are what they are made of. torch and ray are imported with the first of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hdnn_dist.api import fit, launch, load, open_run, train
+    from hdnn_dist.cluster import RayRunner
+    from hdnn_dist.job import Job
+    from hdnn_dist.model import HDNN
+    from hdnn_dist.topology import Topology
+    from hdnn_dist.trainer import Listener, LocalRunner, Trainer
+
+_HOME = {
+    "HDNN": "model",
+    "Job": "job",
+    "Listener": "trainer",
+    "LocalRunner": "trainer",
+    "RayRunner": "cluster",
+    "Topology": "topology",
+    "Trainer": "trainer",
+    "fit": "api",
+    "launch": "api",
+    "load": "api",
+    "open_run": "api",
+    "train": "api",
+}
+
+__all__ = [
+    "HDNN",
+    "Job",
+    "Listener",
+    "LocalRunner",
+    "RayRunner",
+    "Topology",
+    "Trainer",
+    "__version__",
+    "fit",
+    "launch",
+    "load",
+    "open_run",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

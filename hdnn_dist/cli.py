@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hdnn_dist.job import Job
-    from hdnn_dist.trainer import Runner, Summary
+    from hdnn_dist.trainer import Summary
 
 app = typer.Typer(
     help="Train Hamiltonian deep networks on a graph of agents.",
@@ -120,18 +120,21 @@ def train(
             f"leave {'SPEC' if spec is not None else '--run'} out, or train without --resume",
         )
     changes = _overrides(overrides, data_dir)
-    job = _load(spec, changes) if resume is None else _reopen(resume, changes)
-
-    from hdnn_dist.data import ensure_available
-    from hdnn_dist.run import create, vacant
-
-    ensure_available(job.spec.data, progress=sys.stderr.isatty())
     if resume is None:
-        vacant(job, run)  # before a cluster is started for it
-    with closing(_runner(job, address, local)) as runner:
+        job = _load(spec, changes)
+
+    from hdnn_dist.api import fit, launch
+    from hdnn_dist.console import view
+    from hdnn_dist.run import create, reopen, vacant
+
+    if resume is None:
+        run = vacant(job, run)  # before a cluster is started for it
+    else:
+        job = reopen(resume, changes)
+    with closing(launch(job, local=local, address=address)) as runner:
         folder = create(job, run) if resume is None else resume
         try:
-            summary = _fit(runner, folder, tensorboard)
+            summary = fit(runner, folder, [view(Console())], tensorboard=tensorboard)
         except (KeyboardInterrupt, RunError) as error:
             options = (" --local" if local else "") + (f" --address {address}" if address else "")
             hint = f"continue with: hdnn-dist train --resume {folder}{options}"
@@ -140,7 +143,7 @@ def train(
                 raise typer.Exit(1) from None
             print(f"interrupted; {hint}", file=sys.stderr)
             raise typer.Exit(130) from None
-    _print_summary(summary, folder)
+    _print_summary(summary)
 
 
 @app.command("eval")
@@ -154,8 +157,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss and accuracy of a run's latest checkpoint."""
-    job = _reopen(run, _overrides(overrides, data_dir))
-    with _opened(job, run, address, local) as (runner, step):
+    _refuse_both(address, local)
+    from hdnn_dist.api import open_run
+
+    changes = _overrides(overrides, data_dir)
+    with open_run(run, overrides=changes, local=local, address=address) as (runner, step):
         result = runner.evaluate(part.value)
     if as_json:
         print(json.dumps({"part": part.value, "step": step, **asdict(result)}))
@@ -183,15 +189,18 @@ def predict(
     local: Local = False,
 ) -> None:
     """Classes and their probabilities as CSV, by a run's latest checkpoint."""
+    _refuse_both(address, local)
+    from hdnn_dist.api import open_run
     from hdnn_dist.checkpoint import write_text
     from hdnn_dist.data import load_rows
+    from hdnn_dist.run import reopen
 
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out: there is no folder {out.parent}", "make it first")
-    job = _reopen(run, _overrides(overrides, data_dir))
-    if rows is not None:
-        load_rows(job.spec.data, rows, ())  # a bad file is refused before a cluster is started
-    with _opened(job, run, address, local) as (runner, _):
+    changes = _overrides(overrides, data_dir)
+    if rows is not None:  # a bad file is refused before a cluster is started
+        load_rows(reopen(run, changes).spec.data, rows, ())
+    with open_run(run, overrides=changes, local=local, address=address) as (runner, _):
         probabilities = runner.predict(part.value if rows is None else rows.absolute())
     if out is None:
         sys.stdout.write(_csv(probabilities))
@@ -222,6 +231,7 @@ def check(
 
     from hdnn_dist.check import examine, render, this_machine
 
+    address = address or job.spec.cluster.address
     if address is None:
         nodes = [this_machine()]
     else:
@@ -241,44 +251,14 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-@contextmanager
-def _opened(job: Job, run: Path, address: str | None, local: bool) -> Iterator[tuple[Runner, int]]:
-    """The agents of a run as its latest checkpoint has them, and its step."""
-    from hdnn_dist.checkpoint import latest_checkpoint
-    from hdnn_dist.data import ensure_available
-    from hdnn_dist.run import restore
-
-    _refuse_both(address, local)
-    latest_checkpoint(run)  # a run without one is refused before a cluster is started
-    ensure_available(job.spec.data, progress=sys.stderr.isatty())
-    with closing(_runner(job, address, local)) as runner:
-        yield runner, restore(runner, run)
-
-
-def _fit(runner: Runner, run: Path, tensorboard: bool) -> Summary:
-    """Train from the run's latest checkpoint, if it has one, to the end."""
-    from hdnn_dist.console import view
-    from hdnn_dist.metrics import JsonLines, TensorBoard
-    from hdnn_dist.run import has_checkpoint, restore, write_spec
-    from hdnn_dist.trainer import Trainer
-
-    step = restore(runner, run) if has_checkpoint(run) else 0
-    write_spec(runner.job, run)
-    listeners = [view(Console()), JsonLines(run), *([TensorBoard(run)] if tensorboard else [])]
-    with ExitStack() as stack:
-        for listener in listeners:
-            stack.callback(listener.close)
-        return Trainer(runner, run, listeners).fit(step)
-
-
-def _print_summary(summary: Summary, run: Path) -> None:
+def _print_summary(summary: Summary) -> None:
     from hdnn_dist.console import duration, size
 
     print(
         f"test accuracy {summary.test_accuracy:.2%}, loss {summary.test_loss:.4f}; "
         f"{summary.epochs} epochs in {duration(summary.seconds)}, "
         f"{summary.samples_per_second:,.0f} samples/s, {size(summary.bytes_sent)} sent\n"
-        f"run: {run}"
+        f"run: {summary.run}"
     )
 
 
@@ -287,22 +267,6 @@ def _load(spec: Path | None, overrides: Sequence[str]) -> Job:
     from hdnn_dist.job import Job
 
     return Job.of(written, base=spec.parent if spec else None, source=source)
-
-
-def _reopen(run: Path, overrides: Sequence[str]) -> Job:
-    from hdnn_dist.run import reopen
-
-    return reopen(run, overrides)
-
-
-def _runner(job: Job, address: str | None, local: bool) -> Runner:
-    if local:
-        from hdnn_dist.trainer import LocalRunner
-
-        return LocalRunner(job)
-    from hdnn_dist.cluster import RayRunner
-
-    return RayRunner(job, address)
 
 
 def _overrides(overrides: Sequence[str] | None, data_dir: Path | None) -> list[str]:

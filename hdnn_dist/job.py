@@ -68,7 +68,7 @@ class Job:
             SpecError: the graph, the data and the model do not fit one another.
         """
         try:
-            return cls._fit(resolve(spec, base))
+            return cls._fit(_with_absolute_folder(resolve(spec, base), base))
         except SpecError as error:
             if error.where is None and source is not None:
                 error.where = source.locate(error.loc)
@@ -146,6 +146,14 @@ class Job:
             self.spec.training.model_dump_json(),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _with_absolute_folder(spec: Spec, base: Path | None) -> Spec:
+    """`data.dir` from the folder of the spec: actors and resumed runs work elsewhere."""
+    if spec.data.dir is None:
+        return spec
+    folder = ((base or Path()) / Path(spec.data.dir).expanduser()).absolute()
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"dir": str(folder)})})
 
 
 def _readout(spec: Spec, topology: Topology) -> tuple[tuple[int, ...], Tree]:

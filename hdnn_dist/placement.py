@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hdnn_dist.spec import ClusterSpec
+from hdnn_dist.spec import AgentSpec, ClusterSpec
 from hdnn_dist.topology import Topology
 
 Packing = tuple[tuple[int, ...], ...]
@@ -59,29 +60,37 @@ class Demand:
 def demands(topology: Topology, packing: Packing, cores: float) -> tuple[Demand, ...]:
     """What each actor asks for.
 
-    An agent that names no `cpu` takes an equal share of the cores that the named ones leave, at
-    most one: any number of agents fits, and on a large cluster each has a core.
+    What its agents name is summed. An actor with agents that name no `cpu` asks for a core more,
+    or where there are more such actors than cores, for a half, a third, …, so that they fill
+    whole cores and fit on machines of any size.
 
     Args:
         topology: the agents.
         packing: who shares an actor.
         cores: of the cluster.
     """
-    named = sum(agent.cpu for agent in topology.agents if agent.cpu is not None)
-    unnamed = sum(agent.cpu is None for agent in topology.agents)
-    # Ray counts in 1/10000; rounding down keeps the sum within the cluster.
-    share = min(1.0, math.floor(max(0.0, cores - named) / max(1, unnamed) * 1e4) / 1e4)
+    named = [
+        [a.cpu for a in members if a.cpu is not None] for members in _members(topology, packing)
+    ]
+    sharing = [len(cpus) < len(agents) for cpus, agents in zip(named, packing, strict=True)]
+    free = cores - sum(map(sum, named))
+    if free >= 1:
+        share = 1 / math.ceil(sum(sharing) / int(free)) if any(sharing) else 0.0
+    else:
+        share = max(0.0, free) / max(1, sum(sharing))
     result = []
-    for agents in packing:
-        needs: dict[str, float] = {}
-        for i in agents:
-            agent = topology.agents[i]
-            wanted = {"CPU": share if agent.cpu is None else agent.cpu, "GPU": agent.gpu}
-            for key, amount in (wanted | agent.resources).items():
-                needs[key] = needs.get(key, 0.0) + amount
-        labels = topology.agents[agents[0]].labels
-        result.append(Demand({k: round(v, 4) for k, v in needs.items() if v > 0}, labels))
+    for members, cpus, shares in zip(_members(topology, packing), named, sharing, strict=True):
+        needs = Counter({"CPU": sum(cpus) + shares * share, "GPU": sum(a.gpu for a in members)})
+        for agent in members:
+            needs.update(agent.resources)
+        # Ray counts in 1/10000; rounding down keeps a third of a core within a third.
+        rounded = {key: math.floor(amount * 1e4 + 1e-6) / 1e4 for key, amount in needs.items()}
+        result.append(Demand({k: v for k, v in rounded.items() if v > 0}, members[0].labels))
     return tuple(result)
+
+
+def _members(topology: Topology, packing: Packing) -> list[list[AgentSpec]]:
+    return [[topology.agents[i] for i in agents] for agents in packing]
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,9 @@ class DataSpec(Section):
 
     name: DataName = "digits"
     dir: str | None = Field(
-        default=None, description="Folder of the MNIST files; default: $HDNN_DATA, then the cache."
+        default=None,
+        description="Folder of the MNIST files, relative to this file's; default: $HDNN_DATA, "
+        "then the cache.",
     )
     split: Split = AutoSplit()
     train_samples: Count | None = Field(default=None, description="Use only the first so many.")

@@ -125,6 +125,7 @@ class Summary:
     """Figures of a whole run, as in `summary.json`.
 
     Attributes:
+        run: the run directory.
         test_accuracy, test_loss: of the last evaluation.
         best_test_accuracy: of all evaluations since this process took the run up.
         epochs, steps: of the whole run.
@@ -137,6 +138,7 @@ class Summary:
         placement: what ran where.
     """
 
+    run: str
     test_accuracy: float
     test_loss: float
     best_test_accuracy: float
@@ -221,6 +223,7 @@ class Trainer:
         plan, itemsize = job.plan, job.dtype.itemsize
         moved = plan.traffic(plan.training_step, job.batch, itemsize)
         summary = Summary(
+            run=str(self.run),
             test_accuracy=evaluation.accuracy,
             test_loss=evaluation.loss,
             best_test_accuracy=best,

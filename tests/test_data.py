@@ -271,6 +271,7 @@ def test_columns_come_in_the_order_given(columns: list[int]) -> None:
 
 # --- MNIST files ---------------------------------------------------------------------------------
 
+
 @pytest.fixture(autouse=True)
 def no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HDNN_DATA", raising=False)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdnn_dist.placement import demands, hosts, pack
+from hdnn_dist.placement import Demand, Node, assign, demands, hosts, pack
 from hdnn_dist.spec import AgentSpec, ClusterSpec
 from hdnn_dist.topology import Topology
 
@@ -50,13 +50,27 @@ def test_what_is_asked_for_is_the_sum_over_the_agents() -> None:
         AgentSpec(name="b", d=1, gpu=0.5, resources={"camera": 1.0}),
         AgentSpec(name="c", d=1),
     )
-    first, second = demands(agents, ((0, 1), (2,)), cores=2)
-    assert first.resources == {"CPU": 1.75, "GPU": 0.5, "camera": 2.0}
-    assert second.resources == {"CPU": 0.25}
+    first, second = demands(agents, ((0, 1), (2,)), cores=2.5)
+    assert first.resources == {"CPU": 2.0, "GPU": 0.5, "camera": 2.0}
+    assert second.resources == {"CPU": 0.5}  # 1.5 of 2.5 are named: two share the last whole one
 
 
-@given(st.integers(1, 300), st.integers(1, 64))
-def test_unnamed_shares_always_fit(M: int, cores: int) -> None:
-    packing = pack(plain(M), ClusterSpec(), cores)
-    wanted = sum(d.resources.get("CPU", 0) for d in demands(plain(M), packing, cores))
-    assert wanted <= min(M, cores) + 1e-9
+@given(st.integers(1, 100), st.lists(st.integers(1, 8), min_size=1, max_size=6), st.integers(1, 9))
+def test_unnamed_shares_fit_on_machines_of_any_size(
+    M: int, machines: list[int], per_actor: int
+) -> None:
+    cluster = ClusterSpec(agents_per_actor=per_actor)
+    packing = pack(plain(M), cluster, sum(machines))
+    nodes = [Node(f"n{k}", {"CPU": float(cores)}, {}) for k, cores in enumerate(machines)]
+    assert None not in assign(demands(plain(M), packing, sum(machines)), nodes)
+
+
+def test_a_forecast_goes_by_resources_and_labels() -> None:
+    nodes = [Node("x", {"CPU": 2.0}, {}), Node("y", {"CPU": 1.0, "GPU": 1.0}, {"site": "b"})]
+    wanted = (
+        Demand({"CPU": 1.0}, {"site": "b"}),
+        Demand({"CPU": 2.0}, {}),
+        Demand({"GPU": 1.0}, {}),
+        Demand({"CPU": 0.5}, {"site": "c"}),
+    )
+    assert assign(wanted, nodes) == (1, 0, 1, None)
