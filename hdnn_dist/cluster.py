@@ -12,7 +12,6 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,6 @@ from hdnn_dist.worker import Worker
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
 
 
-@dataclass(frozen=True)
-class Whereabouts:
-    """Where an actor runs."""
-
-    node: str
-    address: str
-    cores: int
-
-
 class AgentActor:
     """A Ray actor that hosts one agent, or several. Its methods mirror those of `Worker`."""
 
@@ -64,11 +54,10 @@ class AgentActor:
         self._worker: Worker | None = None
         self._store: dist.TCPStore | None = None
 
-    def whereabouts(self) -> Whereabouts:
-        """The node that the actor is on."""
-        node = ray.get_runtime_context().get_node_id()
-        cores = len(os.sched_getaffinity(0))
-        return Whereabouts(node, ray.util.get_node_ip_address(), cores)
+    def node(self) -> str:
+        """The id of the node that the actor is on."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     def open_store(self, timeout: float) -> tuple[str, int]:
         """Open the store at which the group meets, on a port that is free; rank 0 alone."""
@@ -92,9 +81,9 @@ class AgentActor:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def host(self, spec: Spec, agents: Sequence[int], packing: Packing, threads: int) -> str:
+    def host(self, spec: Spec, agents: Sequence[int], packing: Packing) -> str:
         """Take on some agents of a job, and return the digest of the job as this actor sees it."""
-        torch.set_num_threads(threads)
+        torch.set_num_threads(spec.cluster.threads or 1)
         job = Job.of(spec)
         S = job.architecture.patterns.S
         transport = (
@@ -205,21 +194,16 @@ class RayRunner:
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
-        places: list[Whereabouts] = self._all("whereabouts")
-        self._nodes = [place.node for place in places]
+        self._nodes: list[str] = self._all("node")
         first_on_node = [self._nodes.index(node) for node in dict.fromkeys(self._nodes)]
         self._ask([(rank, "prepare", (self.job.spec,)) for rank in first_on_node])
         size = len(self._actors)
         if size > 1:
             [meeting] = self._ask([(0, "open_store", (self.timeout,))])
             self._ask([(rank, "join", (meeting, rank, size, self.timeout)) for rank in range(size)])
-        threads = [
-            self.job.spec.cluster.threads or max(1, place.cores // self._nodes.count(place.node))
-            for place in places
-        ]
         digests = self._ask(
             [
-                (rank, "host", (self.job.spec, self.packing[rank], self.packing, threads[rank]))
+                (rank, "host", (self.job.spec, self.packing[rank], self.packing))
                 for rank in range(size)
             ]
         )
@@ -345,7 +329,7 @@ def _custom(resource: str) -> bool:
 def _start(address: str | None) -> None:
     """Join a Ray cluster, or start one on this machine."""
     # A cluster's workers do not see the driver's environment.
-    variables = {key: os.environ[key] for key in ("HDNN_DATA",) if key in os.environ}
+    variables = {k: os.path.abspath(os.environ[k]) for k in ("HDNN_DATA",) if k in os.environ}
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",

@@ -445,7 +445,7 @@ class ClusterSpec(Section):
     )
     threads: Count | None = Field(
         default=None,
-        description="Torch threads an actor; default: the node's cores shared equally.",
+        description="Torch threads a process; default: one, as the products of an agent are small.",
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import Manifest, write_checkpoint, write_json
@@ -60,10 +61,15 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """All agents in this process, messages by reference."""
+    """All agents in this process, messages by reference.
+
+    Sets torch's threads to `cluster.threads`, or to one: the products of single agents are small,
+    and more threads cost more than they win.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        torch.set_num_threads(job.spec.cluster.threads or 1)
         M = len(job.topology.agents)
         self.worker = Worker(job, range(M), InProcess(job.architecture.patterns.S))
 

@@ -74,10 +74,7 @@ def host(actors: list[Any], job: Job) -> Packing:
     M, size = len(job.topology.agents), len(actors)
     packing = tuple(tuple(range(rank, M, size)) for rank in range(size))
     digests = ray.get(
-        [
-            actor.host.remote(job.spec, packing[rank], packing, 1)
-            for rank, actor in enumerate(actors)
-        ]
+        [actor.host.remote(job.spec, packing[rank], packing) for rank, actor in enumerate(actors)]
     )
     assert set(digests) == {job.digest}
     return packing
