@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from rich import box
@@ -268,10 +269,7 @@ def _phase(job: Job, name: str, rounds: Sequence[Round]) -> Phase:
 def _unread(job: Job) -> list[str]:
     """Agents whose input cannot reach the scores within the depth of the network."""
     patterns = job.architecture.patterns
-    p = q = BlockPattern.identity(len(patterns.sizes))
-    for T in patterns.T:
-        p = p | (patterns.R.T @ T.T @ T @ q)
-        q = q | (patterns.R @ T.T @ T @ p)
+    p, q = next(islice(patterns.dependencies(), patterns.layers, None))
     reached = {j for i in job.architecture.readers for j in (*p.rows[i], *q.rows[i])}
     return [
         name

@@ -14,10 +14,10 @@ who needs it. The algebra (product, transpose, `<=`) is that of Boolean matrices
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import accumulate
+from itertools import accumulate, cycle
 
 import torch
 from torch import Tensor
@@ -155,22 +155,30 @@ class Patterns:
         """
         return all(X @ T.T @ T <= self.S for T in dict.fromkeys(self.T) for X in (self.R, self.R.T))
 
-    def layers_to_cross(self) -> int | None:
-        """Layers until every agent's state depends on every agent's input; None if it never does.
+    def dependencies(self) -> Iterator[tuple[BlockPattern, BlockPattern]]:
+        """After 0, 1, 2, … layers: whose inputs each agent's `p` and `q` depend on.
 
-        Past the last layer the layers' patterns are gone through again.
+        Past the last layer the layers' patterns are gone through again, without end.
         """
-        everyone = tuple(range(len(self.sizes)))
         p = q = BlockPattern.identity(len(self.sizes))
-        depth, unchanged = 0, 0
-        while unchanged < self.layers:  # dependencies only grow
-            if all(row == everyone for row in (p | q).rows):
-                return depth
-            before, T = (p, q), self.T[depth % self.layers]
+        yield p, q
+        for T in cycle(self.T):
             p = p | (self.R.T @ T.T @ T @ q)
             q = q | (self.R @ T.T @ T @ p)
-            depth, unchanged = depth + 1, unchanged + 1 if (p, q) == before else 0
-        return None
+            yield p, q
+
+    def layers_to_cross(self) -> int | None:
+        """Layers until each agent's state depends on each agent's input; None if it never does."""
+        everyone = tuple(range(len(self.sizes)))
+        before, unchanged = None, 0
+        for depth, (p, q) in enumerate(self.dependencies()):
+            if all(row == everyone for row in (p | q).rows):
+                return depth
+            unchanged = unchanged + 1 if (p, q) == before else 0
+            if unchanged == self.layers:  # dependencies only grow: they will not any more
+                return None
+            before = p, q
+        raise AssertionError("dependencies() ended")
 
 
 def patterns_of(topology: Topology, spec: Spec) -> Patterns:

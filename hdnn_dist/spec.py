@@ -498,6 +498,10 @@ class Source:
     def locate(self, loc: Sequence[str | int]) -> str | None:
         """Say "ring.yaml:7" or "--set topology.d=3" for the value at `loc`, or what encloses it."""
         path = tuple(loc)
+        if path and path not in self._places:  # a section that overrides alone have made
+            for inside, place in self._places.items():
+                if inside[: len(path)] == path:
+                    return place
         found = (self._places.get(path[:n]) for n in range(len(path), -1, -1))
         return next((place for place in found if place is not None), None)
 
