@@ -20,7 +20,7 @@ from rich.console import Console
 
 from hdnn_dist import __version__
 from hdnn_dist.errors import HdnnError, RunError, UserError
-from hdnn_dist.spec import json_schema, read_spec
+from hdnn_dist.reader import json_schema, read_spec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,8 @@ A message says what was given, what was expected and how to mend it. Our own bug
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class HdnnError(Exception):
@@ -87,3 +88,11 @@ class AgreementError(RunError):
 
 class TransportError(RunError):
     """A message could not be sent or received; names the agents and the round."""
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The mend for a name that is not among `known`: the nearest, else `otherwise` or the list."""
+    names = list(known)
+    if near := difflib.get_close_matches(given, names, n=1):
+        return f"did you mean {near[0]!r}?"
+    return otherwise or f"use one of {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"

@@ -15,8 +15,9 @@ from hdnn_dist.architecture import Architecture
 from hdnn_dist.data import DataInfo, View, describe, split_features
 from hdnn_dist.errors import SpecError
 from hdnn_dist.exchange import Plan
+from hdnn_dist.reader import Source, read_spec
 from hdnn_dist.sparsity import patterns_of
-from hdnn_dist.spec import IndexSplit, Source, Spec, read_spec
+from hdnn_dist.spec import IndexSplit, Spec
 from hdnn_dist.topology import Topology, Tree, resolve
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hdnn_dist.checkpoint import latest_checkpoint, write_text
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.job import Job
-from hdnn_dist.spec import dump_spec
+from hdnn_dist.reader import dump_spec
 from hdnn_dist.trainer import Runner
 
 # What a run that goes on may change: a checkpoint remains a state of the changed job, and its step

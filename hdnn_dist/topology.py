@@ -11,21 +11,20 @@ Self loops are implied by the unit diagonals of T and R: those of a generator or
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import networkx as nx
 import numpy as np
 
-from hdnn_dist.errors import SpecError
+from hdnn_dist.errors import SpecError, did_you_mean
+from hdnn_dist.graphs import MAX_AGENTS, MAX_EDGES, Graph, Loc, graph_of, simple
 from hdnn_dist.spec import (
     AGENT_NAME,
     NAME_RULE,
@@ -37,15 +36,9 @@ from hdnn_dist.spec import (
     LayerGraph,
     Spec,
     TopologySpec,
-    did_you_mean,
 )
 
-Graph: TypeAlias = "nx.Graph[Any]"
 Pairs = tuple[tuple[int, int], ...]
-Loc = tuple[str | int, ...]
-
-MAX_AGENTS = 1_000_000
-MAX_EDGES = 10_000_000
 _EXACT_CENTRE = 256  # above so many agents the centre is found by a double sweep
 
 
@@ -110,7 +103,7 @@ class Topology:
         Raises:
             SpecError: on no nodes, a node whose name no agent can have, or a bad ``d``.
         """
-        graph = _simple(graph)
+        graph = simple(graph)
         agents = tuple(_agents_of(graph, d, ("topology", "agents")))
         names = [agent.name for agent in agents]
         edges = [(_name(u), _name(v)) for u, v in graph.edges]
@@ -305,7 +298,7 @@ def layer_edges(spec: Spec) -> tuple[Pairs, ...] | None:
 def _resolve_topology(spec: TopologySpec, base: Path) -> tuple[list[AgentSpec], EdgeList]:
     graph = None
     if not isinstance(spec.edges, list):
-        graph = _graph(spec.edges, spec.directed, base, ("topology", "edges"))
+        graph = graph_of(spec.edges, spec.directed, base, ("topology", "edges"))
     agents = [agent.model_copy(update={"d": agent.d or spec.d}) for agent in _agents(spec, graph)]
     names = [agent.name for agent in agents]
     _check_names(names)
@@ -422,7 +415,7 @@ def _layer_pairs(
 ) -> EdgeList:
     """The edges of the k-th layer graph, over agents that are known already."""
     loc = ("model", "layer_graphs", k, "edges")
-    graph = None if isinstance(edges, list) else _graph(edges, directed, base, loc)
+    graph = None if isinstance(edges, list) else graph_of(edges, directed, base, loc)
     if graph is not None and isinstance(edges, GeneratedEdges) and len(graph) != len(names):
         raise SpecError(
             loc,
@@ -471,170 +464,3 @@ def _dependencies(
 
 def _unknown(name: str, names: Iterable[str], loc: Loc, what: str = "agent") -> SpecError:
     return SpecError(loc, f"there is no {what} called {name!r}", did_you_mean(name, names))
-
-
-# --- graphs from networkx ------------------------------------------------------------------------
-
-
-def _graph(edges: GeneratedEdges | FileEdges, directed: bool, base: Path, loc: Loc) -> Graph:
-    """The simple graph that `edges` asks for, its directedness checked against the topology's."""
-    if isinstance(edges, GeneratedEdges):
-        graph, source = _generate(edges, directed, loc), edges.generator
-    else:
-        graph, source = _read(base / edges.file, directed, loc), edges.file
-    if graph.is_directed() != directed:
-        kind = "a directed" if graph.is_directed() else "an undirected"
-        raise SpecError(
-            loc,
-            f"{source} gives {kind} graph, but topology.directed is {str(directed).lower()}",
-            f"set topology.directed: {str(not directed).lower()}, or use another graph",
-        )
-    if len(graph) > MAX_AGENTS or graph.number_of_edges() > MAX_EDGES:
-        raise SpecError(
-            loc,
-            f"{source} gives {len(graph)} nodes and {graph.number_of_edges()} edges",
-            f"stay within {MAX_AGENTS} agents and {MAX_EDGES} edges",
-        )
-    return _simple(graph)
-
-
-def _simple(graph: Graph) -> Graph:
-    """A copy without parallel edges and self loops."""
-    simple: Graph = nx.DiGraph() if graph.is_directed() else nx.Graph()
-    simple.add_nodes_from(graph.nodes(data=True))
-    simple.add_edges_from((u, v) for u, v in graph.edges() if u != v)
-    return simple
-
-
-@cache
-def generators() -> dict[str, Callable[..., Any]]:
-    """The public functions of ``networkx.generators`` by name: all that a spec can call."""
-    return {
-        name: function
-        for name, function in vars(nx.generators).items()
-        if not name.startswith("_")
-        and callable(function)
-        and not inspect.isclass(function)
-        and getattr(function, "__module__", "").startswith("networkx.generators.")
-        and not {"G", "B"} & inspect.signature(function).parameters.keys()  # not made from a graph
-    }
-
-
-def _generate(edges: GeneratedEdges, directed: bool, loc: Loc) -> Graph:
-    """Call the generator, which is told of `directed` where it has an ear for it."""
-    name = edges.generator
-    if name not in generators():
-        raise SpecError(
-            (*loc, "generator"),
-            f"{name!r} is no networkx graph generator",
-            did_you_mean(name, generators(), "see networkx.org, Reference, Graph generators"),
-        )
-    function = generators()[name]
-    signature = inspect.signature(function)
-    given = _arguments(edges, signature, loc)
-    if directed and "directed" in signature.parameters:
-        given = {"directed": True, **given}
-    elif directed and "create_using" in signature.parameters:
-        given = {"create_using": nx.DiGraph, **given}
-    shown = ", ".join(f"{key}={value!r}" for key, value in edges.args.items())
-    # Bound by hand, so that a list goes to a generator's *args too.
-    bound = inspect.BoundArguments(
-        signature, OrderedDict((key, given[key]) for key in signature.parameters if key in given)
-    )
-    try:
-        graph = function(*bound.args, **bound.kwargs)
-    except Exception as error:  # the user's values, deep in networkx: it may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        mend = "mend its arguments or use another generator"
-        if directed:
-            mend += "; not every one makes directed graphs"
-        raise SpecError(loc, f"{name}({shown}) fails: {reason}", mend) from error
-    if not isinstance(graph, nx.Graph):
-        raise SpecError((*loc, "generator"), f"{name} does not make a graph", "use another")
-    if not graph:
-        raise SpecError(loc, f"{name}({shown}) has no nodes", "ask for at least one")
-    return graph
-
-
-def _arguments(edges: GeneratedEdges, signature: inspect.Signature, loc: Loc) -> dict[str, Any]:
-    """The arguments for the generator, checked against its signature; a missing seed is 0."""
-    loc = (*loc, "args")
-    known = {
-        name: parameter
-        for name, parameter in signature.parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD and name not in ("create_using", "backend")
-    }
-    for key, value in edges.args.items():
-        if key not in known:
-            mend = did_you_mean(key, known, f"it takes {', '.join(known) or 'none'}")
-            raise SpecError((*loc, key), f"{edges.generator} takes no {key!r} here", mend)
-        if any(abs(number) > MAX_AGENTS for number in _integers(value)) and key != "seed":
-            raise SpecError((*loc, key), f"{value} is too large", f"stay within {MAX_AGENTS}")
-        if known[key].kind is inspect.Parameter.VAR_POSITIONAL and not isinstance(value, list):
-            raise SpecError((*loc, key), f"{value!r} given", "write a list")
-    for key, parameter in known.items():
-        required = parameter.default is parameter.empty
-        if required and parameter.kind is not parameter.VAR_POSITIONAL and key not in edges.args:
-            mend = f"add {key} under args"
-            raise SpecError(loc, f"{edges.generator} needs {key!r}", mend)
-    return {"seed": 0, **edges.args} if "seed" in known else dict(edges.args)
-
-
-def _integers(value: Any) -> Iterator[int]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _integers(item)
-    elif isinstance(value, int):
-        yield value
-
-
-def _read(path: Path, directed: bool, loc: Loc) -> Graph:
-    """The graph in a file; an edge list has no direction of its own and takes the topology's."""
-    loc = (*loc, "file")
-    readers: dict[str, Callable[[str], Graph]] = {
-        ".graphml": _graphml,
-        ".json": _node_link,
-        ".edgelist": lambda text: _edge_list(text, directed),
-        ".txt": lambda text: _edge_list(text, directed),
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise SpecError(loc, f"{path} is no known kind of file", f"use {', '.join(readers)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SpecError(loc, f"cannot read {path}: {reason}", "name a graph file") from error
-    try:
-        return reader(text)
-    except Exception as error:  # a damaged file can break a reader in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        problem = f"{path} is no {path.suffix} graph: {reason}"
-        raise SpecError(loc, problem, "write the file anew, e.g. with networkx") from error
-
-
-def _graphml(text: str) -> Graph:
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise ValueError("document types and entities are not read")
-    return nx.parse_graphml(text)
-
-
-def _node_link(text: str) -> Graph:
-    data = json.loads(text)
-    if not isinstance(data, dict):
-        raise ValueError("expected a mapping with nodes and edges")
-    return nx.node_link_graph(data, edges="edges" if "edges" in data else "links")
-
-
-def _edge_list(text: str, directed: bool) -> Graph:
-    """Read "from to [data, ignored]" lines; networkx would skip those that it cannot read."""
-    graph: Graph = nx.DiGraph() if directed else nx.Graph()
-    for number, line in enumerate(text.splitlines(), 1):
-        match line.partition("#")[0].split():
-            case []:
-                continue
-            case [l, i, *_]:
-                graph.add_edge(l, i)
-            case [name]:
-                raise ValueError(f"line {number} names {name} alone, not two nodes")
-    return graph

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from hdnn_dist.job import Job
-from hdnn_dist.spec import Spec, spec_from_dict
+from hdnn_dist.reader import spec_from_dict
+from hdnn_dist.spec import Spec
 
 
 @st.composite

@@ -79,7 +79,7 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone(job: Job) -> None
 
 def test_the_input_of_a_unit_keeps_its_scale() -> None:
     # Gaussian with variance 1 over the inputs: K y has about the variance of y.
-    from hdnn_dist.spec import spec_from_dict
+    from hdnn_dist.reader import spec_from_dict
 
     job = Job.of(
         spec_from_dict({"topology": {"agents": 3, "d": 50, "edges": [["a1", "a2"], ["a2", "a3"]]}})

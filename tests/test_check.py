@@ -12,7 +12,7 @@ from rich.console import Console
 from hdnn_dist.check import Phase, Report, examine, render
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Node
-from hdnn_dist.spec import spec_from_dict
+from hdnn_dist.reader import spec_from_dict
 
 HERE = Node("here", {"CPU": 4.0}, {})
 

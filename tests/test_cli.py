@@ -13,7 +13,8 @@ import pytest
 from hdnn_dist.cli import main
 from hdnn_dist.data import PIXELS, load_features
 from hdnn_dist.errors import RunError
-from hdnn_dist.spec import DataSpec, json_schema
+from hdnn_dist.reader import json_schema
+from hdnn_dist.spec import DataSpec
 from hdnn_dist.trainer import LocalRunner
 
 SPEC = """\

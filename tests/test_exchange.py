@@ -6,7 +6,7 @@ from hypothesis import given
 from hdnn_dist.errors import SpecError
 from hdnn_dist.exchange import Message, Plan, Round
 from hdnn_dist.job import Job
-from hdnn_dist.spec import spec_from_dict
+from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.testing import assert_within
 from tests.strategies import jobs
 

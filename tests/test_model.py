@@ -7,7 +7,7 @@ from torch.func import jacrev
 
 from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
-from hdnn_dist.spec import spec_from_dict
+from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.testing import assert_close, assert_respects, assert_symplectic
 from tests.strategies import jobs
 

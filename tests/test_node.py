@@ -8,8 +8,8 @@ from torch import Tensor
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
 from hdnn_dist.node import BlockRow, Exchange
+from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.sparsity import offsets
-from hdnn_dist.spec import spec_from_dict
 from hdnn_dist.testing import (
     assert_adjoint,
     assert_close,

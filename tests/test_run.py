@@ -7,8 +7,8 @@ import pytest
 from hdnn_dist.checkpoint import write_checkpoint
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.job import Job
+from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.run import create, has_checkpoint, reopen, restore, vacant
-from hdnn_dist.spec import spec_from_dict
 from hdnn_dist.trainer import LocalRunner
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job
+from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.sparsity import BlockPattern, offsets, union
-from hdnn_dist.spec import spec_from_dict
 from tests.strategies import jobs
 
 patterns = st.integers(1, 6).flatmap(

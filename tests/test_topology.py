@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdnn_dist.errors import SpecError
-from hdnn_dist.spec import AgentSpec, Spec, dump_spec, read_spec, spec_from_dict
-from hdnn_dist.topology import Topology, generators, layer_edges, resolve
+from hdnn_dist.graphs import generators
+from hdnn_dist.reader import dump_spec, read_spec, spec_from_dict
+from hdnn_dist.spec import AgentSpec, Spec
+from hdnn_dist.topology import Topology, layer_edges, resolve
 
 SHIPPED = sorted((Path(__file__).parent.parent / "topologies").glob("*.yaml"))
 

@@ -11,19 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdnn_dist.errors import SpecError
-from hdnn_dist.spec import (
-    SGD,
-    AgentSpec,
-    AutoSplit,
-    Cosine,
-    GeneratedEdges,
-    PatchSplit,
-    Spec,
-    dump_spec,
-    json_schema,
-    read_spec,
-    spec_from_dict,
-)
+from hdnn_dist.reader import dump_spec, json_schema, read_spec, spec_from_dict
+from hdnn_dist.spec import SGD, AgentSpec, AutoSplit, Cosine, GeneratedEdges, PatchSplit, Spec
 
 SHIPPED = sorted((Path(__file__).parent.parent / "topologies").glob("*.yaml"))
 
