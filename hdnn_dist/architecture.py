@@ -72,7 +72,7 @@ class Architecture:
         """Where each agent's `p^i` lies in `p` (and `q^i` in `q`)."""
         return offsets(self.patterns.sizes)
 
-    @property
+    @cached_property
     def has_X(self) -> bool:
         """Whether `X` is anything but the identity; if not, it is neither stored nor applied."""
         return self.train_X or not self.patterns.R.is_local
@@ -138,7 +138,7 @@ class Architecture:
         digest = hashlib.sha256(f"{self.seed}/{self.names[i]}".encode()).digest()
         random = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
-        def gaussian(*shape: int, inputs: int) -> Tensor:
+        def gaussian(*shape: int, inputs: int, dtype: torch.dtype = dtype) -> Tensor:
             # Drawn in float64 whatever the dtype, so that both precisions start at one point.
             draw = torch.randn(*shape, generator=random, dtype=torch.float64)
             return draw.div(max(inputs, 1) ** 0.5).to(dtype)
@@ -152,9 +152,10 @@ class Architecture:
             encoder = torch.zeros(2 * d, seen, dtype=dtype)
             encoder[torch.arange(seen) + (d if self.enter[i] == "q" else 0), range(seen)] = 1
         weights = {"encoder.weight": encoder, "encoder.bias": torch.zeros(2 * d, dtype=dtype)}
+        scale = mask.sum(1).clamp(min=1).double().rsqrt()[:, None, None] * mask[:, None, :]
         for state in "pq":
-            K = gaussian(L, d, mask.shape[1], inputs=1) * mask[:, None, :]
-            weights["K" + state] = K / mask.sum(1).clamp(min=1)[:, None, None] ** 0.5
+            K = gaussian(L, d, mask.shape[1], inputs=1, dtype=torch.float64)
+            weights["K" + state] = (K * scale).to(dtype)
             weights["b" + state] = torch.zeros(L, d, dtype=dtype)
         if self.has_X:
             row = self.patterns.R.rows[i]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice
+from operator import or_
 
 import torch
 from rich import box
@@ -270,11 +272,11 @@ def _unread(job: Job) -> list[str]:
     """Agents whose input cannot reach the scores within the depth of the network."""
     patterns = job.architecture.patterns
     p, q = next(islice(patterns.dependencies(), patterns.layers, None))
-    reached = {j for i in job.architecture.readers for j in (*p.rows[i], *q.rows[i])}
+    reached = reduce(or_, (p[i] | q[i] for i in job.architecture.readers))
     return [
         name
         for i, name in enumerate(job.topology.names)
-        if job.views[i].columns and i not in reached
+        if job.views[i].columns and not reached >> i & 1
     ]
 
 
@@ -291,6 +293,11 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
         yield (
             f"the scores do not depend on the input of {_few(unread)}: "
             "add layers or edges, or read at more agents (model.readout.agents)"
+        )
+    if job.spec.model.encoder == "pad":
+        yield (
+            "the encoder pad makes an agent's raw features its first state, which its neighbours "
+            "are sent: use the encoder linear where raw data must not leave an agent"
         )
     if homeless := [actor for actor in report.actors if actor.node is None]:
         first = homeless[0]

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
+import signal
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ import psutil
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -44,6 +47,7 @@ from hdnn_dist.spec import Spec
 from hdnn_dist.transport import InProcess, PointToPoint
 from hdnn_dist.worker import Worker
 
+GRACE = 3.0  # seconds that actors are given to tell their side of a failure
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
 
 
@@ -53,6 +57,10 @@ class AgentActor:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._store: dist.TCPStore | None = None
+
+    @ray.method(concurrency_group="health")
+    def alive(self) -> None:
+        """Answer, even while another method is blocked in a round."""
 
     def node(self) -> str:
         """The id of the node that the actor is on."""
@@ -72,7 +80,9 @@ class AgentActor:
         """Become `rank` of a torch.distributed group of `size`; leave the one before, if any."""
         self.leave()
         limit = datetime.timedelta(seconds=timeout)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(ray.util.get_node_ip_address()))
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
+        os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to neighbours alone, not to everybody
         store = self._store if rank == 0 else dist.TCPStore(*meeting, timeout=limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -92,6 +102,7 @@ class AgentActor:
             else PointToPoint(S, hosts(packing), job.topology.names, job.dtype)
         )
         self._worker = Worker(job, agents, transport)
+        self._worker.load_data()
         return job.digest
 
     @property
@@ -125,6 +136,12 @@ class AgentActor:
         return self.worker.transport.sent
 
 
+def actor_class(cls: type[AgentActor]) -> Any:
+    """The Ray class of an actor: one thread for its work, one to say that it is alive."""
+    remote: Any = ray.remote  # its stubs do not know of concurrency groups
+    return remote(concurrency_groups={"health": 1})(cls)
+
+
 def _interface(address: str) -> str:
     """The name of the network interface that has an address, so that gloo binds to it alone."""
     for name, addresses in psutil.net_if_addrs().items():
@@ -152,6 +169,8 @@ class RayRunner:
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
         self._own_ray = not ray.is_initialized()
+        # Actors that fail because another one did are asked about it, not reported one by one.
+        os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
         try:
             if self._own_ray:
                 _start(address or job.spec.cluster.address or os.environ.get("RAY_ADDRESS"))
@@ -180,7 +199,7 @@ class RayRunner:
         for k, demand in enumerate(wanted):
             custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
             self._actors.append(
-                ray.remote(AgentActor)
+                actor_class(AgentActor)
                 .options(
                     num_cpus=demand.resources.get("CPU", 0),
                     num_gpus=demand.resources.get("GPU", 0),
@@ -246,14 +265,14 @@ class RayRunner:
         self._all("load", folder.absolute(), manifest)
 
     def close(self) -> None:  # noqa: D102
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
-        if self._own_ray and ray.is_initialized():
-            ray.shutdown()
+        with contextlib.ExitStack() as stack:  # each step is taken even if one before it fails
+            if self._own_ray:
+                stack.callback(ray.shutdown)
+            if self._group is not None:
+                stack.callback(remove_placement_group, self._group)
+            for actor in self._actors:
+                stack.callback(ray.kill, actor)
+            self._actors, self._group = [], None
 
     def _all(self, method: str, *arguments: object) -> list[Any]:
         return self._ask([(rank, method, arguments) for rank in range(len(self._actors))])
@@ -272,24 +291,46 @@ class RayRunner:
         answers: dict[Any, Any] = {}
         while pending:
             [ready], _ = ray.wait(list(pending), num_returns=1)
-            with self._explained(pending.pop(ready)):
+            rank = pending.pop(ready)
+            try:
                 answers[ready] = ray.get(ready)
+            except RayError as error:
+                raise self._diagnosis({rank: error}, pending) from None
         return [answers[call] for call in order]
 
-    @contextlib.contextmanager
-    def _explained(self, rank: int) -> Iterator[None]:
-        """Turn what Ray raises into an error of ours that names the agents."""
-        try:
-            yield
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, TransportError):
-                raise TransportError(f"{self._who(rank)}: {cause}") from None
-            if isinstance(cause, HdnnError):
-                raise cause from None
-            raise RunError(f"{self._who(rank)} failed:\n{error}") from None
-        except RayActorError as error:
-            raise RunError(f"{self._who(rank)} died: {str(error).splitlines()[0]}") from None
+    def _diagnosis(self, failed: dict[int, RayError], pending: dict[Any, int]) -> HdnnError:
+        """The cause of a failure, which the one who told of it first need not know.
+
+        An actor that waits for one that is gone fails too. So the others are given a moment to tell
+        their side, and those that say nothing are asked whether they are alive.
+        """
+        told: list[Any] = []
+        if pending:
+            told, _ = ray.wait(list(pending), num_returns=len(pending), timeout=GRACE)
+        for call in told:
+            try:
+                ray.get(call)
+            except RayError as error:
+                failed[pending[call]] = error
+        pings = {actor.alive.remote(): rank for rank, actor in enumerate(self._actors)}
+        _, silent = ray.wait(list(pings), num_returns=len(pings), timeout=GRACE)
+        causes = {
+            rank: error.cause for rank, error in failed.items() if isinstance(error, RayTaskError)
+        }
+        for cause in causes.values():
+            if isinstance(cause, HdnnError) and not isinstance(cause, TransportError):
+                return cause
+        for rank, failure in failed.items():
+            if isinstance(failure, RayActorError):
+                return RunError(f"{self._who(rank)} died: {_in_short(failure)}")
+        if silent:
+            who = " and ".join(self._who(pings[call]) for call in silent)
+            return RunError(f"{who} did not answer: its process is stopped, or its network is cut")
+        for rank, failure in failed.items():
+            if not isinstance(causes.get(rank), TransportError):
+                return RunError(f"{self._who(rank)} failed:\n{failure}")
+        rank, cause = next(iter(causes.items()))
+        return TransportError(f"{self._who(rank)}: {cause}")
 
     def _who(self, rank: int) -> str:
         names = ", ".join(self.job.topology.names[i] for i in self.packing[rank])
@@ -336,18 +377,43 @@ def _start(address: str | None) -> None:
         "runtime_env": {"env_vars": variables} if variables else None,
     }
     if address is None:
-        ray.init(address="local", include_dashboard=False, **quiet)
+        with _interrupt_held():
+            ray.init(address="local", include_dashboard=False, **quiet)
         return
     try:
         host, _, port = address.partition(":")
         if port.isdecimal():  # ray itself tries for minutes
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
-        ray.init(address=address, **quiet)
+        with _interrupt_held():
+            ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise PlacementError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
             "start one with `ray start --head`, or leave --address out to run on this machine",
         ) from None
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Ctrl-C is obeyed after the block: amid the start of Ray it would crash the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
+def _in_short(error: RayError) -> str:
+    """The first and the last line of what Ray says, without colours."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()]
+    lines = [line for line in lines if line]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
 def _shortage(wanted: Sequence[Demand], waited: float) -> str:

@@ -94,11 +94,11 @@ class AgentNode:
         self.is_reader = i in architecture.readers
         self.classes = architecture.classes
         patterns = architecture.patterns
-        rows = {
-            T: BlockRow(i, T, patterns.sizes, phase)
-            for T, phase in zip(patterns.T, plan.states, strict=True)
-        }
-        self.rows = [rows[T] for T in patterns.T]
+        rows: dict[Round, BlockRow] = {}  # layers with one graph share a round
+        for T, phase in zip(patterns.T, plan.states, strict=True):
+            if phase not in rows:
+                rows[phase] = BlockRow(i, T, patterns.sizes, phase)
+        self.rows = [rows[phase] for phase in plan.states]
         self.mix = BlockRow(i, patterns.R, patterns.sizes, plan.mix)
         # Columns of each layer's K within those kept, where graphs per layer keep fewer.
         mask = architecture.layer_mask(i)

@@ -17,7 +17,8 @@ Packing = tuple[tuple[int, ...], ...]
 def pack(topology: Topology, cluster: ClusterSpec, cores: int) -> Packing:
     """The agents of each actor: runs of neighbours in the spec's order, as even as can be.
 
-    Agents whose node labels differ never share an actor.
+    Agents that ask for other node labels or custom resources never share an actor: those may be on
+    different machines.
 
     Args:
         topology: the agents.
@@ -31,7 +32,8 @@ def pack(topology: Topology, cluster: ClusterSpec, cores: int) -> Packing:
         size = cluster.agents_per_actor
     runs: list[list[int]] = []
     for i, agent in enumerate(topology.agents):
-        if i and agent.labels == topology.agents[i - 1].labels:
+        before = topology.agents[i - 1]
+        if i and (agent.labels, agent.resources) == (before.labels, before.resources):
             runs[-1].append(i)
         else:
             runs.append([i])
@@ -85,6 +87,8 @@ def demands(topology: Topology, packing: Packing, cores: float) -> tuple[Demand,
             needs.update(agent.resources)
         # Ray counts in 1/10000; rounding down keeps a third of a core within a third.
         rounded = {key: math.floor(amount * 1e4 + 1e-6) / 1e4 for key, amount in needs.items()}
+        if rounded["GPU"] > 1:  # Ray shares out parts of one GPU, and whole ones
+            rounded["GPU"] = math.ceil(rounded["GPU"])
         result.append(Demand({k: v for k, v in rounded.items() if v > 0}, members[0].labels))
     return tuple(result)
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate, cycle
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -70,10 +71,10 @@ class BlockPattern:
         """The transpose."""
         return BlockPattern.of(self.size, ((l, i) for i, l in self.entries))
 
-    @property
+    @cached_property
     def is_local(self) -> bool:
         """Whether no agent uses another's: the pattern is within `I`."""
-        return self <= BlockPattern.identity(self.size)
+        return all(l == i for i, l in self.entries)
 
     def __contains__(self, entry: tuple[int, int]) -> bool:
         i, l = entry
@@ -155,30 +156,43 @@ class Patterns:
         """
         return all(X @ T.T @ T <= self.S for T in dict.fromkeys(self.T) for X in (self.R, self.R.T))
 
-    def dependencies(self) -> Iterator[tuple[BlockPattern, BlockPattern]]:
-        """After 0, 1, 2, … layers: whose inputs each agent's `p` and `q` depend on.
+    def dependencies(self) -> Iterator[tuple[list[int], list[int]]]:
+        """After 0, 1, 2, … layers: whose inputs each agent's `p` and its `q` depend on.
 
-        Past the last layer the layers' patterns are gone through again, without end.
+        As bit sets: bit `l` of entry `i` says that `i` depends on `l`, so that a layer costs the
+        number of edges and not that of dependent pairs. Past the last layer the layers' patterns
+        are gone through again, without end.
         """
-        p = q = BlockPattern.identity(len(self.sizes))
+        p = q = [1 << i for i in range(len(self.sizes))]
         yield p, q
         for T in cycle(self.T):
-            p = p | (self.R.T @ T.T @ T @ q)
-            q = q | (self.R @ T.T @ T @ p)
+            p = _either(p, _through((T, T.T, self.R.T), q))
+            q = _either(q, _through((T, T.T, self.R), p))
             yield p, q
 
     def layers_to_cross(self) -> int | None:
         """Layers until each agent's state depends on each agent's input; None if it never does."""
-        everyone = tuple(range(len(self.sizes)))
+        everyone = (1 << len(self.sizes)) - 1
         before, unchanged = None, 0
         for depth, (p, q) in enumerate(self.dependencies()):
-            if all(row == everyone for row in (p | q).rows):
+            if all(inputs == everyone for inputs in _either(p, q)):
                 return depth
             unchanged = unchanged + 1 if (p, q) == before else 0
             if unchanged == self.layers:  # dependencies only grow: they will not any more
                 return None
             before = p, q
         raise AssertionError("dependencies() ended")
+
+
+def _through(patterns: Iterable[BlockPattern], inputs: list[int]) -> list[int]:
+    """What agents depend on after a product with each of the patterns, the first one first."""
+    for P in patterns:
+        inputs = [reduce(or_, (inputs[l] for l in row), 0) for row in P.rows]
+    return inputs
+
+
+def _either(some: list[int], others: list[int]) -> list[int]:
+    return [a | b for a, b in zip(some, others, strict=True)]
 
 
 def patterns_of(topology: Topology, spec: Spec) -> Patterns:

@@ -234,7 +234,8 @@ class ModelSpec(Section):
     )
     encoder: Literal["linear", "pad"] = Field(
         default="linear",
-        description="linear: [p; q] = E x + e, learnt. pad: x enters p (or q), zeros elsewhere.",
+        description="linear: [p; q] = E x + e, learnt. pad: x itself enters p (or q), zeros "
+        "elsewhere; neighbours are then sent raw features.",
     )
     readout: ReadoutSpec = ReadoutSpec()
 

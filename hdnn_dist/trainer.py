@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import Manifest, write_checkpoint, write_json
 from hdnn_dist.data import Part
+from hdnn_dist.errors import RunError
 from hdnn_dist.job import Job
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
@@ -195,17 +197,21 @@ class Trainer:
 
         Args:
             step: steps already taken (by a resumed run).
+
+        Raises:
+            RunError: the loss is not a finite number any more; the last checkpoint is good.
         """
         job, runner = self.runner.job, self.runner
         training, per_epoch = job.spec.training, job.steps_per_epoch
         started, training_seconds, first = time.perf_counter(), 0.0, step
-        evaluation, best, saved = None, 0.0, None
+        evaluation, best = None, 0.0
         chunk = 1
         self._tell("started", runner, step)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
             before = time.perf_counter()
             results = runner.train(count)
+            _check_finite(results)
             seconds = time.perf_counter() - before
             training_seconds += seconds
             step += count
@@ -220,12 +226,9 @@ class Trainer:
                 self._tell("evaluated", step, epoch, evaluation)
             if epoch % training.checkpoint_every == 0 or step == job.steps:
                 write_checkpoint(self.run, step, job.topology.digest(), runner.save)
-                saved = step
         if evaluation is None:  # a resumed run that was complete already
             evaluation = runner.evaluate()
             best = evaluation.accuracy
-        if saved != step:
-            write_checkpoint(self.run, step, job.topology.digest(), runner.save)
         plan, itemsize = job.plan, job.dtype.itemsize
         moved = plan.traffic(plan.training_step, job.batch, itemsize)
         summary = Summary(
@@ -264,3 +267,12 @@ class Trainer:
     def _tell(self, event: str, *news: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*news)
+
+
+def _check_finite(results: Sequence[StepResult]) -> None:
+    for result in results:
+        if not math.isfinite(result.loss):
+            raise RunError(
+                f"the loss is {result.loss} at step {result.step}; the checkpoints before it are "
+                "good: resume with a lower training.optimizer.lr, or with training.clip_norm"
+            )

@@ -16,6 +16,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.transport import Result, Transport, drive
 
+PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
 
 
@@ -36,6 +37,14 @@ class Worker:
         self.job, self.transport = job, transport
         self.agents = {i: Agent(job, i) for i in agents}
         self.step = 0
+
+    def load_data(self) -> None:
+        """Read the agents' data now, not in the first round, for which others wait."""
+        for agent in self.agents.values():
+            for part in PARTS:
+                agent.features(part)
+                if agent.is_root:
+                    agent.labels(part)
 
     def train(self, steps: int) -> list[StepResult]:
         """Take so many optimiser steps from where the run stands."""

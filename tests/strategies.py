@@ -30,6 +30,10 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
     names = [f"a{i + 1}" for i in range(M)]
     graph = draw(st.sampled_from(["K", "J", "both"]))
     links = draw(edges(names))
+    directed = draw(st.booleans())
+    one_way = directed and draw(st.booleans())
+    if one_way:  # every way back is then an edge itself
+        links = [pair for link in links for pair in (link, link[::-1])]
     layers = draw(st.integers(1, 3))
     layer_graphs = None
     if graph != "J" and draw(st.booleans()):
@@ -42,7 +46,8 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
             "topology": {
                 "agents": [{"name": n, "d": draw(st.integers(1, 3))} for n in names],
                 "edges": links,
-                "directed": draw(st.booleans()),
+                "directed": directed,
+                "links": "one-way" if one_way else "two-way",
             },
             "model": {
                 "graph": graph,

@@ -77,6 +77,23 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone(job: Job) -> None
         )
 
 
+def test_agents_of_one_shape_start_at_different_points() -> None:
+    architecture = Job.load(None).architecture
+    values = {tuple(architecture.initial(i)["Kp"].flatten()[:5].tolist()) for i in range(8)}
+    assert len(values) == 8
+
+
+def test_initial_weights_do_not_depend_on_torchs_default_dtype() -> None:
+    architecture = Job.load(None).architecture
+    expected = architecture.initial(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = architecture.initial(0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(again[n], w) and again[n].dtype == w.dtype for n, w in expected.items())
+
+
 def test_the_input_of_a_unit_keeps_its_scale() -> None:
     # Gaussian with variance 1 over the inputs: K y has about the variance of y.
     from hdnn_dist.reader import spec_from_dict

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from hdnn_dist.cluster import AgentActor, RayRunner
+from hdnn_dist.cluster import AgentActor, RayRunner, actor_class
 from hdnn_dist.data import load_features
 from hdnn_dist.errors import AgreementError, PlacementError, RunError
 from hdnn_dist.job import Job
@@ -61,7 +63,7 @@ def call(actors: list[Any], method: str, *arguments: Any) -> list[Any]:
 @pytest.fixture(scope="module")
 def three(cluster: None) -> Iterator[list[Any]]:
     """Three actors in a group, for any number of jobs one after the other."""
-    actors = [ray.remote(Probe).options(num_cpus=0).remote() for _ in range(3)]
+    actors = [actor_class(Probe).options(num_cpus=0).remote() for _ in range(3)]
     meeting = ray.get(actors[0].open_store.remote(30))
     ray.get([a.join.remote(meeting, rank, 3, 30) for rank, a in enumerate(actors)])
     yield actors
@@ -145,26 +147,40 @@ def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_pat
     assert ray.is_initialized(), "a Ray that was there before is left alone"
 
 
-def test_a_dead_actor_ends_the_run_at_once_and_is_named() -> None:
+@pytest.fixture
+def path() -> Iterator[RayRunner]:
+    """a1 - a2 - a3, an actor each, in the middle of a run."""
     job = Job.load(
         None,
         [
-            *TINY,
-            "topology.agents=2",
-            "topology.edges.args.n=2",
-            "topology.edges.generator=path_graph",
+            *(*TINY, "topology.agents=3", "topology.edges.generator=path_graph"),
+            *("topology.edges.args.n=3", "cluster.timeout=5"),
         ],
     )
     runner = RayRunner(job)
+    runner.train(1)
+    yield runner
+    runner.close()
+
+
+def test_a_dead_actor_ends_the_run_at_once_and_is_named(path: RayRunner) -> None:
+    threading.Timer(1.0, ray.kill, (path._actors[0],)).start()
+    started = time.monotonic()
+    with pytest.raises(RunError, match="the actor of agent a1 died"):
+        path.train(10**6)
+    assert time.monotonic() - started < 20
+
+
+def test_a_stopped_actor_is_named_and_not_those_who_wait_for_it(path: RayRunner) -> None:
+    pid = ray.get(path._actors[0].__ray_call__.remote(lambda _: os.getpid()))
+    threading.Timer(1.0, os.kill, (pid, signal.SIGSTOP)).start()
+    started = time.monotonic()
     try:
-        runner.train(1)
-        threading.Timer(1.0, ray.kill, (runner._actors[1],)).start()
-        started = time.monotonic()
-        with pytest.raises(RunError, match="agent a"):
-            runner.train(10**6)
-        assert time.monotonic() - started < 20
+        with pytest.raises(RunError, match="the actor of agent a1 did not answer"):
+            path.train(10**6)
     finally:
-        runner.close()
+        os.kill(pid, signal.SIGCONT)
+    assert 5 < time.monotonic() - started < 40, "not within the timeout of the data plane"
 
 
 def test_actors_that_see_another_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

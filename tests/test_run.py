@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import hdnn_dist
 from hdnn_dist.checkpoint import write_checkpoint
-from hdnn_dist.errors import CheckpointError
+from hdnn_dist.errors import CheckpointError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.run import create, has_checkpoint, reopen, restore, vacant
@@ -119,3 +120,32 @@ def test_restore_refuses_another_topology_and_a_run_that_is_too_long(run: Path) 
     short = LocalRunner(tiny(training={"epochs": 2}))
     with pytest.raises(CheckpointError, match=r"has taken 3 steps, but 2 epochs are 2.*to 3 or"):
         restore(short, run)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    summary = hdnn_dist.train(
+        overrides=["training.epochs=1", "data.train_samples=64", "model.layers=1"],
+        run=tmp_path / "run",
+        local=True,
+    )
+    [file] = (tmp_path / "run").glob("checkpoints/*/a3.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a3\.safetensors: its SHA-256"):
+        hdnn_dist.load(summary.run)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"a3\.safetensors: cannot be read"):
+        hdnn_dist.load(summary.run)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_checkpoints(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["training.optimizer.name=sgd", "training.schedule.name=constant"]
+    hdnn_dist.train(overrides=[*overrides, "training.epochs=1"], run=run, local=True)
+    good = {f: f.read_bytes() for f in run.glob("checkpoints/**/*") if f.is_file()}
+    job = reopen(run, ["training.epochs=5", "training.optimizer.lr=1e30"])
+    runner = hdnn_dist.launch(job, local=True)
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+"):
+        hdnn_dist.fit(runner, run)
+    assert {f: f.read_bytes() for f in run.glob("checkpoints/**/*") if f.is_file()} == good
