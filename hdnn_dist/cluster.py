@@ -42,7 +42,7 @@ from hdnn_dist.errors import (
     TransportError,
 )
 from hdnn_dist.job import Job
-from hdnn_dist.placement import Demand, Node, Packing, demands, hosts, pack
+from hdnn_dist.placement import Demand, Node, Packing, address_of, demands, hosts, pack
 from hdnn_dist.spec import Spec
 from hdnn_dist.transport import InProcess, PointToPoint
 from hdnn_dist.worker import Worker
@@ -173,7 +173,7 @@ class RayRunner:
         os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
         try:
             if self._own_ray:
-                _start(address or job.spec.cluster.address or os.environ.get("RAY_ADDRESS"))
+                _start(address_of(job.spec.cluster, address))
             cores = ray.cluster_resources().get("CPU", 1)
             self.packing = pack(job.topology, job.spec.cluster, int(cores))
             self._place(demands(job.topology, self.packing, cores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,3 +126,8 @@ def assign(wanted: Sequence[Demand], nodes: Sequence[Node]) -> tuple[int | None,
                 places[k] = n
                 break
     return tuple(places)
+
+
+def address_of(cluster: ClusterSpec, given: str | None = None) -> str | None:
+    """The Ray cluster to join: the one given, else the spec's, else `$RAY_ADDRESS`, else none."""
+    return given or cluster.address or os.environ.get("RAY_ADDRESS") or None
