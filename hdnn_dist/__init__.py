@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hdnn_dist.job import Job
     from hdnn_dist.model import HDNN
     from hdnn_dist.topology import Topology
-    from hdnn_dist.trainer import Listener, LocalRunner, Trainer
+    from hdnn_dist.trainer import Listener, LocalRunner, Summary, Trainer
 
 _HOME = {
     "HDNN": "model",
@@ -25,6 +25,7 @@ _HOME = {
     "Listener": "trainer",
     "LocalRunner": "trainer",
     "RayRunner": "cluster",
+    "Summary": "trainer",
     "Topology": "topology",
     "Trainer": "trainer",
     "fit": "api",
@@ -40,6 +41,7 @@ __all__ = [
     "Listener",
     "LocalRunner",
     "RayRunner",
+    "Summary",
     "Topology",
     "Trainer",
     "__version__",
@@ -49,6 +51,10 @@ __all__ = [
     "open_run",
     "train",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> object:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from hdnn_dist.checkpoint import latest_checkpoint, load_agent
 from hdnn_dist.data import ensure_available
+from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import JsonLines, TensorBoard
 from hdnn_dist.model import HDNN
@@ -37,7 +39,12 @@ def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runn
     Raises:
         DataError: the data set cannot be had.
         PlacementError: the cluster is not there, or cannot hold the job.
+        UserError: both `local` and `address` are given.
     """
+    if local and address is not None:
+        raise UserError(
+            "a local run joins no cluster, but an address is given too", "leave one of them out"
+        )
     ensure_available(job.spec.data, progress=sys.stderr.isatty())
     if local:
         return LocalRunner(job)
@@ -67,7 +74,7 @@ def fit(
 
 
 def train(
-    spec: Job | str | os.PathLike[str] | None = None,
+    spec: Job | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     overrides: Sequence[str] = (),
     run: str | os.PathLike[str] | None = None,
@@ -78,7 +85,7 @@ def train(
     """Train a job in a new run directory.
 
     Args:
-        spec: a job, or a spec file; None is the embedded default.
+        spec: a job, or what `Job.load` takes: a spec file, a mapping, or None.
         overrides: `"section.key=value"`, for a spec file.
         run: the run directory; default: a new one below `runs/`.
         local: as for `launch`.
@@ -88,7 +95,12 @@ def train(
     Raises:
         SpecError: the spec cannot be a job.
         CheckpointError: the run directory is in use.
+        UserError: overrides for a job that is fitted together already.
     """
+    if isinstance(spec, Job) and overrides:
+        raise UserError(
+            "overrides change a spec, but a Job is given", "give them to Job.load instead"
+        )
     job = spec if isinstance(spec, Job) else Job.load(spec, overrides)
     folder = vacant(job, None if run is None else Path(run))  # before a cluster is started for it
     with closing(launch(job, local=local, address=address)) as runner:

@@ -45,7 +45,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.placement import Demand, Node, Packing, address_of, demands, hosts, pack
 from hdnn_dist.spec import Spec
 from hdnn_dist.transport import InProcess, PointToPoint
-from hdnn_dist.worker import Worker
+from hdnn_dist.worker import PARTS, Worker
 
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
@@ -122,7 +122,7 @@ class AgentActor:
     def evaluate(self, part: Part) -> Evaluation | None:  # noqa: D102
         return self.worker.evaluate(part)
 
-    def predict(self, source: Part | Path) -> np.ndarray | None:  # noqa: D102
+    def predict(self, source: str) -> np.ndarray | None:  # noqa: D102
         return self.worker.predict(source)
 
     def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
@@ -190,7 +190,11 @@ class RayRunner:
             strategy=self.job.spec.cluster.placement.upper(),
             bundle_label_selector=[demand.labels for demand in wanted],
         )
-        if not self._group.wait(self.timeout):
+        try:
+            placed = self._group.wait(self.timeout)
+        except Exception as error:  # Ray raises nothing more precise when its head is gone
+            raise RunError(f"Ray failed while the actors were placed: {error}") from error
+        if not placed:
             raise PlacementError(
                 _shortage(wanted, self.timeout),
                 "give the job fewer or smaller "
@@ -249,7 +253,9 @@ class RayRunner:
         evaluation: Evaluation = _only(self._all("evaluate", part))
         return evaluation
 
-    def predict(self, source: Part | Path) -> np.ndarray:  # noqa: D102
+    def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102
+        if source not in PARTS:  # actors work elsewhere
+            source = os.path.abspath(source)
         probabilities: np.ndarray = _only(self._all("predict", source))
         return probabilities
 
@@ -370,7 +376,8 @@ def _custom(resource: str) -> bool:
 def _start(address: str | None) -> None:
     """Join a Ray cluster, or start one on this machine."""
     # A cluster's workers do not see the driver's environment.
-    variables = {k: os.path.abspath(os.environ[k]) for k in ("HDNN_DATA",) if k in os.environ}
+    folder = os.environ.get("HDNN_DATA")
+    variables = {"HDNN_DATA": os.path.abspath(os.path.expanduser(folder))} if folder else {}
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import networkx as nx
 import torch
 
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.data import DataInfo, View, describe, split_features
-from hdnn_dist.errors import SpecError
+from hdnn_dist.errors import SpecError, UserError
 from hdnn_dist.exchange import Plan
-from hdnn_dist.reader import Source, read_spec
+from hdnn_dist.reader import Source, read_spec, spec_from_dict
 from hdnn_dist.sparsity import patterns_of
 from hdnn_dist.spec import IndexSplit, Spec
 from hdnn_dist.topology import Topology, Tree, resolve
@@ -42,19 +44,32 @@ class Job:
     plan: Plan
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Job:
-        """Read a spec file; None is the embedded default (8 agents on a ring, digits).
+    def load(
+        cls,
+        spec: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Job:
+        """Read a spec and fit its parts together.
 
         Args:
-            path: a YAML file.
-            overrides: `"section.key=value"`, as for `--set`.
+            spec: a YAML file, or what one would hold as a mapping, whose "topology" may also be a
+                `Topology` or a networkx graph; None is the embedded default (8 agents, digits).
+            overrides: `"section.key=value"`, as for `--set`; for a file.
 
         Raises:
             SpecError: with the place in the file.
+            UserError: overrides for a mapping, or a single string of them.
         """
-        file = None if path is None else Path(path)
-        spec, source = read_spec(file, overrides)
-        return cls.of(spec, base=None if file is None else file.parent, source=source)
+        if isinstance(overrides, str) or (overrides and isinstance(spec, Mapping)):
+            raise UserError(
+                f"overrides {overrides!r} given",
+                "give a list of 'section.key=value', and a spec file to change",
+            )
+        if isinstance(spec, Mapping):
+            return cls.of(spec_from_dict({**spec, **_written_out(spec.get("topology"))}))
+        file = None if spec is None else Path(spec)
+        written, source = read_spec(file, overrides)
+        return cls.of(written, base=None if file is None else file.parent, source=source)
 
     @classmethod
     def of(cls, spec: Spec, base: Path | None = None, source: Source | None = None) -> Job:
@@ -147,6 +162,20 @@ class Job:
             self.spec.training.model_dump_json(),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _written_out(topology: object) -> dict[str, Any]:
+    """A topology, or a graph, as the section of a spec; nothing for what is one already."""
+    if isinstance(topology, nx.Graph):
+        topology = Topology.from_graph(topology)
+    if not isinstance(topology, Topology):
+        return {}
+    names = topology.names
+    edges = [[names[l], names[i]] for l, i in topology.edges if topology.directed or l < i]
+    agents = [agent.model_dump() for agent in topology.agents]
+    links = "two-way" if topology.two_way else "one-way"
+    section = {"name": topology.name, "agents": agents, "edges": edges, "links": links}
+    return {"topology": section | {"directed": topology.directed}}
 
 
 def _with_absolute_folder(spec: Spec, base: Path | None) -> Spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hdnn_dist.agent import Agent, Evaluation, StepResult
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
 from hdnn_dist.data import Part, load_rows
+from hdnn_dist.errors import DataError
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.transport import Result, Transport, drive
@@ -56,7 +58,13 @@ class Worker:
         return results
 
     def evaluate(self, part: Part = "test") -> Evaluation | None:
-        """Loss and accuracy over a part of the data set."""
+        """Loss and accuracy over a part of the data set.
+
+        Raises:
+            DataError: the data set has no such part.
+        """
+        if part not in PARTS:
+            raise DataError(f"the data set has no part {part!r}", f"use one of {', '.join(PARTS)}")
         samples = self.job.data.samples(part)
         sums: list[tuple[float, int]] = []
         for start, stop in _slices(samples):
@@ -67,12 +75,17 @@ class Worker:
         loss, correct = (sum(column) for column in zip(*sums, strict=True))
         return Evaluation(loss / samples, correct / samples, samples)
 
-    def predict(self, source: Part | Path) -> np.ndarray | None:
-        """Class probabilities `(samples, C)` for a part of the data set or the rows of a file."""
+    def predict(self, source: str | os.PathLike[str]) -> np.ndarray | None:
+        """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file.
+
+        Raises:
+            DataError: the file cannot be read, or its rows are not samples of the data set.
+        """
+        spec = self.job.spec.data
         own: dict[int, Tensor] = {
-            i: agent.features(source)
-            if not isinstance(source, Path)
-            else torch.from_numpy(load_rows(self.job.spec.data, source, agent.view.columns))
+            i: agent.features("train" if source == "train" else "test")
+            if source in PARTS
+            else torch.from_numpy(load_rows(spec, Path(source), agent.view.columns))
             for i, agent in self.agents.items()
         }
         chunks: list[np.ndarray] = []

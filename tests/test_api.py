@@ -9,7 +9,7 @@ import torch
 
 import hdnn_dist
 from hdnn_dist.data import load_features
-from hdnn_dist.errors import CheckpointError
+from hdnn_dist.errors import CheckpointError, DataError, UserError
 from hdnn_dist.testing import assert_close
 
 TINY = [
@@ -106,3 +106,53 @@ def test_a_local_run_goes_on_over_actors_with_the_same_numbers(tmp_path: Path) -
         return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
 
     np.testing.assert_allclose(losses(last.run), losses(whole.run), atol=1e-10)
+
+
+def test_a_job_of_ones_own_graph() -> None:
+    import networkx as nx
+
+    graph = nx.DiGraph([("sensor", "hub"), ("camera", "hub"), ("hub", "camera")])
+    graph.nodes["hub"]["d"] = 3
+    job = hdnn_dist.Job.load({"topology": graph, "model": {"layers": 2}})
+    assert job.topology.names == ("sensor", "hub", "camera")
+    assert job.topology.sizes == (8, 3, 8)
+    assert job.topology.edges == ((0, 1), (1, 2), (2, 1))
+    topology = hdnn_dist.Topology.from_graph(nx.path_graph(3), d=2)
+    assert hdnn_dist.Job.load({"topology": topology}).topology == topology
+
+
+def test_predictions_of_a_file_and_of_a_part(tmp_path: Path) -> None:
+    job = hdnn_dist.Job.load(None, TINY)
+    runner = hdnn_dist.launch(job, local=True)
+    rows = np.random.default_rng(0).integers(0, 17, (3, 64)).astype(np.uint8)
+    np.save(tmp_path / "rows.npy", rows)
+    from_text, from_path = (
+        runner.predict(kind(tmp_path / "rows.npy")) for kind in (str, lambda path: path)
+    )
+    assert from_text.shape == (3, 10)
+    assert np.array_equal(from_text, from_path)
+    assert runner.predict("train").shape == (128, 10)
+    with pytest.raises(DataError, match="no part 'all'"):
+        runner.evaluate("all")  # type: ignore[arg-type]
+    with pytest.raises(DataError):
+        runner.predict("valid")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"spec": hdnn_dist.Job.load(None), "overrides": ["training.epochs=1"]}, "a Job is given"),
+        ({"overrides": "training.epochs=1"}, "list of"),
+        ({"spec": {"topology": {"agents": 1}}, "overrides": ["model.h=1"]}, "a spec file"),
+        ({"local": True, "address": "127.0.0.1:1"}, "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments: dict, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=complaint):
+        hdnn_dist.train(**arguments, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_public_names_are_found() -> None:
+    assert {"train", "Job", "HDNN", "Topology"} <= set(dir(hdnn_dist))
+    assert all(getattr(hdnn_dist, name) for name in hdnn_dist.__all__)
