@@ -9,6 +9,7 @@ from functools import reduce
 from itertools import islice
 from operator import or_
 
+import psutil
 import torch
 from rich import box
 from rich.columns import Columns
@@ -306,6 +307,12 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
         yield (
             f"{len(homeless)} of {len(report.actors)} actors find no place; the first, of "
             f"{_few(first.agents)}, asks for {', '.join(asked)}: ask for less, or add machines"
+        )
+    weights, memory = report.parameters * job.dtype.itemsize, psutil.virtual_memory().total
+    if weights > memory:
+        yield (
+            f"the parameters alone take {size(weights)}, but this machine has {size(memory)} of "
+            "memory: lower topology.d or model.layers, or spread the agents over machines"
         )
     cores = sum(node.resources.get("CPU", 0.0) for node in report.nodes)
     if len(report.actors) > cores:

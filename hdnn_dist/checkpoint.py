@@ -9,7 +9,7 @@
       tensorboard/              the same metrics as TensorBoard events
       checkpoints/
         step-00000230/
-          manifest.json         step, digest of the topology, SHA-256 of each file
+          manifest.json         step, digest of the job, SHA-256 of each file, cost so far
           <agent>.safetensors   one agent's weights and optimiser state
 
 A checkpoint is written into a hidden folder and renamed when it is whole, so a crash at any moment
@@ -20,10 +20,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -36,22 +39,42 @@ FORMAT = 1
 KEEP = 3  # checkpoints of a run that are kept
 
 
+class Totals(BaseModel):
+    """What a run has come to by a checkpoint, over all processes that took it there.
+
+    Attributes:
+        seconds: wall time of `fit`.
+        training_seconds: of it, in training steps.
+        bytes_sent: between agents.
+        best_test_accuracy: of all evaluations.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    bytes_sent: int = 0
+    best_test_accuracy: float = 0.0
+
+
 class Manifest(BaseModel):
     """What a checkpoint says of itself.
 
     Attributes:
         format: version of the layout.
         step: optimiser steps taken.
-        topology: `Topology.digest` of the job that wrote it.
+        state: `hdnn_dist.trainer.state_digest` of the job that wrote it.
         files: SHA-256 by agent.
+        totals: of the run so far.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: int = FORMAT
     step: int
-    topology: str
+    state: str
     files: dict[str, str]
+    totals: Totals
 
 
 def agent_file(folder: Path, name: str) -> Path:
@@ -93,26 +116,31 @@ def load_agent(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]
 
 
 def write_checkpoint(
-    run: Path, step: int, topology: str, save_agents: Callable[[Path], dict[str, str]]
+    run: Path,
+    step: int,
+    state: str,
+    totals: Totals,
+    save_agents: Callable[[Path], dict[str, str]],
 ) -> Path:
     """Write a checkpoint, whole or not at all, and drop the oldest beyond the last few.
 
     Args:
         run: the run directory.
         step: optimiser steps taken.
-        topology: its digest.
+        state: digest of what the agents' states belong to.
+        totals: of the run so far.
         save_agents: writes every agent's file into a folder and returns the checksums by agent.
     """
     folder = run / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    manifest = Manifest(step=step, topology=topology, files=save_agents(partial))
+    manifest = Manifest(step=step, state=state, files=save_agents(partial), totals=totals)
     _write(partial / "manifest.json", manifest.model_dump_json(indent=2).encode())
     if final.exists():  # a resumed run that comes past the same step again
         shutil.rmtree(final)
     os.replace(partial, final)
-    for old in _checkpoints(run)[:-KEEP]:
+    for old in checkpoints(run)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
@@ -123,7 +151,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, Manifest]:
     Raises:
         CheckpointError: there is none, or its manifest is damaged.
     """
-    found = _checkpoints(run)
+    found = checkpoints(run)
     if not found:
         raise CheckpointError(
             f"{run}: no checkpoint in it", "name a run directory that a training run has written"
@@ -143,9 +171,22 @@ def latest_checkpoint(run: Path) -> tuple[Path, Manifest]:
     return found[-1], manifest
 
 
+def to_json(content: object, indent: int | None = None) -> str:
+    """JSON, with null for a float that is not finite, as JSON has none of those."""
+    return json.dumps(_plain(content), indent=indent, allow_nan=False)
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    return [_plain(item) for item in content] if isinstance(content, list | tuple) else content
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write JSON, whole or not at all."""
-    _write_over(path, json.dumps(content, indent=2).encode())
+    """Write JSON (see `to_json`), whole or not at all."""
+    _write_over(path, to_json(content, indent=2).encode())
 
 
 def write_text(path: Path, content: str) -> None:
@@ -166,5 +207,8 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))
+def checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first."""
+    found = (run / "checkpoints").glob("step-*")
+    ours = [path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(ours, key=lambda path: int(path.name.removeprefix("step-")))

@@ -7,20 +7,23 @@ torch and ray take seconds to import, so the commands import what they need, whe
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from hdnn_dist import __version__
-from hdnn_dist.errors import HdnnError, RunError, UserError
-from hdnn_dist.reader import json_schema, read_spec
+from hdnn_dist.errors import CheckpointError, HdnnError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +31,20 @@ if TYPE_CHECKING:
     from hdnn_dist.job import Job
     from hdnn_dist.trainer import Summary
 
+
+class _Commands(TyperGroup):
+    """Says so when Ctrl-C ends a command: typer itself would exit without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Train Hamiltonian deep networks on a graph of agents.",
     no_args_is_help=True,
     add_completion=False,
@@ -56,7 +72,12 @@ DataDir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of the MNIST files (data.dir).")
 ]
 Address = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="Ray cluster to join; default: start one.")
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Ray cluster to join; default: cluster.address, then $RAY_ADDRESS, "
+        "then a Ray of its own.",
+    ),
 ]
 Local = Annotated[bool, typer.Option("--local", help="All agents in this process, without Ray.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
@@ -69,16 +90,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: without the program's name; default: those of this process.
     """
+    with _interrupt_ends_at_once():
+        try:
+            app(args=arguments, prog_name="hdnn-dist")
+        except (HdnnError, OSError) as error:
+            sys.exit(_report(error))
+
+
+@contextmanager
+def _interrupt_ends_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process until `_tidy_up_from_here`: half an import fails in odd ways."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
     try:
-        app(args=arguments, prog_name="hdnn-dist")
-    except HdnnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except OSError as error:
-        if error.filename is None:  # not about a file: a bug of ours
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tidy_up_from_here() -> None:
+    """From here on there are actors and files to tidy up: Ctrl-C is an exception again."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _report(error: HdnnError | OSError) -> int:
+    """Print an error; its exit code."""
+    said = str(error)
+    if isinstance(error, OSError):  # a full disk has no file name
+        said = ": ".join(str(part) for part in (error.filename, error.strerror) if part) or said
+    print(f"error: {said}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def _print_version(wanted: bool) -> None:
@@ -125,24 +174,37 @@ def train(
 
     from hdnn_dist.api import fit, launch
     from hdnn_dist.console import view
-    from hdnn_dist.run import create, reopen, vacant
+    from hdnn_dist.run import create, finished, reopen, vacant
 
     if resume is None:
         run = vacant(job, run)  # before a cluster is started for it
     else:
         job = reopen(resume, changes)
+        if (summary := finished(job, resume)) is not None:
+            print("nothing to train: all epochs are done (training.epochs sets how many)")
+            _print_summary(summary)
+            return
+    # torch would import these later, when Ctrl-C may come at any line of them.
+    if local:
+        import torch._dynamo  # for the optimisers
+    if tensorboard:
+        import torch.utils.tensorboard  # noqa: F401
+    _tidy_up_from_here()
     with closing(launch(job, local=local, address=address)) as runner:
         folder = create(job, run) if resume is None else resume
+        options = (" --local" if local else "") + (f" --address {address}" if address else "")
+        hint = f"continue with: hdnn-dist train --resume {folder}{options}"
         try:
             summary = fit(runner, folder, [view(Console())], tensorboard=tensorboard)
-        except (KeyboardInterrupt, RunError) as error:
-            options = (" --local" if local else "") + (f" --address {address}" if address else "")
-            hint = f"continue with: hdnn-dist train --resume {folder}{options}"
-            if isinstance(error, RunError):
-                print(f"error: {error}\n{hint}", file=sys.stderr)
-                raise typer.Exit(1) from None
+        except KeyboardInterrupt:
             print(f"interrupted; {hint}", file=sys.stderr)
             raise typer.Exit(130) from None
+        except CheckpointError:  # it cannot be continued as it is
+            raise
+        except (HdnnError, OSError) as error:
+            code = _report(error)
+            print(hint, file=sys.stderr)
+            raise typer.Exit(code) from None
     _print_summary(summary)
 
 
@@ -159,12 +221,14 @@ def evaluate(
     """Loss and accuracy of a run's latest checkpoint."""
     _refuse_both(address, local)
     from hdnn_dist.api import open_run
+    from hdnn_dist.checkpoint import to_json
 
     changes = _overrides(overrides, data_dir)
+    _tidy_up_from_here()
     with open_run(run, overrides=changes, local=local, address=address) as (runner, step):
         result = runner.evaluate(part.value)
     if as_json:
-        print(json.dumps({"part": part.value, "step": step, **asdict(result)}))
+        print(to_json({"part": part.value, "step": step, **asdict(result)}))
     else:
         print(
             f"{part.value} accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
@@ -197,9 +261,12 @@ def predict(
 
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out: there is no folder {out.parent}", "make it first")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out: {out} is a folder", f"name a file, such as {out / 'out.csv'}")
     changes = _overrides(overrides, data_dir)
     if rows is not None:  # a bad file is refused before a cluster is started
         load_rows(reopen(run, changes).spec.data, rows, ())
+    _tidy_up_from_here()
     with open_run(run, overrides=changes, local=local, address=address) as (runner, _):
         probabilities = runner.predict(part.value if rows is None else rows.absolute())
     if out is None:
@@ -230,17 +297,20 @@ def check(
     job = _load(spec, _overrides(overrides, data_dir))
 
     from hdnn_dist.check import examine, render, this_machine
+    from hdnn_dist.checkpoint import to_json
+    from hdnn_dist.placement import address_of
 
-    address = address or job.spec.cluster.address
+    address = address_of(job.spec.cluster, address)
     if address is None:
         nodes = [this_machine()]
     else:
         from hdnn_dist.cluster import cluster_nodes
 
+        _tidy_up_from_here()
         nodes = cluster_nodes(address)
     report = examine(job, nodes)
     if as_json:
-        print(json.dumps(asdict(report), indent=2))
+        print(to_json(asdict(report), indent=2))
     else:
         Console().print(render(report))
 
@@ -248,6 +318,8 @@ def check(
 @app.command()
 def schema() -> None:
     """The JSON Schema of a spec, for editors."""
+    from hdnn_dist.reader import json_schema
+
     print(json.dumps(json_schema(), indent=2))
 
 
@@ -263,6 +335,8 @@ def _print_summary(summary: Summary) -> None:
 
 
 def _load(spec: Path | None, overrides: Sequence[str]) -> Job:
+    from hdnn_dist.reader import read_spec
+
     written, source = read_spec(spec, overrides)  # a bad spec is refused before torch is imported
     from hdnn_dist.job import Job
 

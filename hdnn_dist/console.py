@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.trainer import Listener, Progress, Runner
@@ -36,11 +38,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def figures(progress: Progress) -> str:
-    """Loss, accuracy and speed, in columns that stay where they are."""
+def figures(progress: Progress) -> tuple[str, ...]:
+    """Loss, accuracy and speed, as wide as they were before."""
     return (
-        f"loss {progress.loss:.4f}  accuracy {progress.accuracy:6.1%}  "
-        f"{progress.samples_per_second:,.0f} samples/s"
+        f"loss {progress.loss:.4f}",
+        f"accuracy {progress.accuracy:6.1%}",
+        f"{progress.samples_per_second:,.0f} samples/s",
     )
 
 
@@ -67,6 +70,15 @@ def verdict(step: int, epoch: int, evaluation: Evaluation) -> str:
     )
 
 
+class _TwoRows(Bar):
+    """A bar with figures below it, which go on in the next row where a terminal is narrow."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Columns(map(Text, task.fields["figures"]), padding=(0, 2))
+
+
 class LiveView(Listener):
     """A progress bar with the figures of the moment; each evaluation leaves a line above it.
 
@@ -76,12 +88,13 @@ class LiveView(Listener):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = Bar(
+        self._bar = _TwoRows(
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  {task.fields[figures]}"),
+            BarColumn(bar_width=None),  # takes what the others leave
+            TextColumn("{task.completed}/{task.total}  {task.fields[left]}"),
             console=console,
             transient=True,
+            expand=True,
         )
         self._task: TaskID | None = None
 
@@ -94,18 +107,18 @@ class LiveView(Listener):
         self._bytes = sum(moved.values())
         epoch = f"{step // job.steps_per_epoch + 1}/{job.spec.training.epochs}"
         self._task = self._bar.add_task(
-            "", total=job.steps, completed=step, epoch=epoch, figures=""
+            "", total=job.steps, completed=step, epoch=epoch, left="", figures=()
         )
         self._bar.start()
 
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
         assert self._task is not None, "started() comes first"
-        left = duration(progress.seconds_left)
         self._bar.update(
             self._task,
             completed=progress.step,
             epoch=f"{progress.epoch}/{progress.epochs}",
-            figures=f"{figures(progress)}  {size(self._bytes)}/step  {left} left",
+            left=f"{duration(progress.seconds_left)} left",
+            figures=(*figures(progress), f"{size(self._bytes)}/step"),
         )
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
@@ -135,7 +148,7 @@ class PlainView(Listener):
         if time.monotonic() - self._last >= QUIET:
             self._print(
                 f"epoch {progress.epoch:3}  step {progress.step}/{progress.steps}  "
-                f"{figures(progress)}  {duration(progress.seconds_left)} left"
+                f"{'  '.join(figures(progress))}  {duration(progress.seconds_left)} left"
             )
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102

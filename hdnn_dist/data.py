@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hdnn_dist.errors import DataError, SpecError
+from hdnn_dist.errors import DataError, SpecError, did_you_mean
 from hdnn_dist.mnist import IMAGE, SAMPLES, Array, Part, ensure_available, locate_mnist, read_mnist
 from hdnn_dist.spec import AutoSplit, DataName, DataSpec, IndexSplit, PatchSplit, StripeSplit
 
@@ -147,8 +147,7 @@ def _check_names(
     for k, name in enumerate(given):
         place = (*loc, name if isinstance(given, Mapping) else k)
         if name not in names:
-            known = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            raise SpecError(place, f"there is no agent {name!r}", f"the agents are {known}")
+            raise SpecError(place, f"there is no agent {name!r}", did_you_mean(name, names))
         if name in seen:
             raise SpecError(place, f"agent {name!r} is named twice", "name it once")
         seen.add(name)
@@ -224,8 +223,8 @@ def _rectangle(part_HW: Array) -> View:
 def load_features(spec: DataSpec, part: Part, columns: Sequence[int]) -> Floats:
     """The scaled features ``columns`` of every sample, (n, len(columns)); nothing else is kept.
 
-    MNIST is streamed in small chunks; what is read is verified, and ``train_samples`` reads no
-    further than it must. No columns: no file is opened.
+    MNIST is streamed in small chunks, whose form is checked but not their content, and
+    ``train_samples`` reads no further than it must. No columns: no file is opened.
 
     Raises:
         DataError: the MNIST files are missing or damaged.

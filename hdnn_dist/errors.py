@@ -93,6 +93,7 @@ class TransportError(RunError):
 def did_you_mean(given: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """The mend for a name that is not among `known`: the nearest, else `otherwise` or the list."""
     names = list(known)
-    if near := difflib.get_close_matches(given, names, n=1):
-        return f"did you mean {near[0]!r}?"
+    folded = {name.casefold(): name for name in names}
+    if near := difflib.get_close_matches(given.casefold(), folded, n=1):
+        return f"did you mean {folded[near[0]]!r}?"
     return otherwise or f"use one of {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"

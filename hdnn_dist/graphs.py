@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
+from xml.etree import ElementTree
 
 import networkx as nx
 
@@ -21,8 +22,8 @@ from hdnn_dist.spec import FileEdges, GeneratedEdges
 Graph: TypeAlias = "nx.Graph[Any]"
 Loc = tuple[str | int, ...]
 
-MAX_AGENTS = 1_000_000
-MAX_EDGES = 10_000_000
+MAX_AGENTS = 100_000
+MAX_EDGES = 1_000_000
 
 
 def graph_of(edges: GeneratedEdges | FileEdges, directed: bool, base: Path, loc: Loc) -> Graph:
@@ -117,8 +118,11 @@ def _arguments(edges: GeneratedEdges, signature: inspect.Signature, loc: Loc) ->
         if key not in known:
             mend = did_you_mean(key, known, f"it takes {', '.join(known) or 'none'}")
             raise SpecError((*loc, key), f"{edges.generator} takes no {key!r} here", mend)
-        if any(abs(number) > MAX_AGENTS for number in _integers(value)) and key != "seed":
-            raise SpecError((*loc, key), f"{value} is too large", f"stay within {MAX_AGENTS}")
+        if any(abs(number) > MAX_EDGES for number in _integers(value)) and key != "seed":
+            raise SpecError((*loc, key), f"{value} is too large", f"stay within {MAX_EDGES}")
+        if isinstance(value, str) and "name" not in key:  # networkx takes "abc" for three nodes
+            problem = f"{value!r} given"
+            raise SpecError((*loc, key), problem, "write a number or a list of numbers")
         if known[key].kind is inspect.Parameter.VAR_POSITIONAL and not isinstance(value, list):
             raise SpecError((*loc, key), f"{value!r} given", "write a list")
     for key, parameter in known.items():
@@ -140,7 +144,7 @@ def _integers(value: Any) -> Iterator[int]:
 def _read(path: Path, directed: bool, loc: Loc) -> Graph:
     """The graph in a file; an edge list has no direction of its own and takes the topology's."""
     loc = (*loc, "file")
-    readers: dict[str, Callable[[str], Graph]] = {
+    readers: dict[str, Callable[[str], tuple[Graph, list[Any]]]] = {
         ".graphml": _graphml,
         ".json": _node_link,
         ".edgelist": lambda text: _edge_list(text, directed),
@@ -155,27 +159,57 @@ def _read(path: Path, directed: bool, loc: Loc) -> Graph:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SpecError(loc, f"cannot read {path}: {reason}", "name a graph file") from error
     try:
-        return reader(text)
+        graph, declared = reader(text)
     except Exception as error:  # a damaged file can break a reader in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         problem = f"{path} is no {path.suffix} graph: {reason}"
         raise SpecError(loc, problem, "write the file anew, e.g. with networkx") from error
+    for node, times in Counter(declared).items():
+        if times > 1:
+            problem = f"{path} has {times} nodes with the id {node!r}"
+            raise SpecError(loc, problem, "give every node an id of its own")
+    for node in graph.nodes - set(declared):
+        problem = f"{path} has an edge at {node!r}, but no such node"
+        near = did_you_mean(str(node), map(str, declared), "mend the edge")
+        raise SpecError(loc, problem, f"add the node, or {near}")
+    return graph
 
 
-def _graphml(text: str) -> Graph:
+def _graphml(text: str) -> tuple[Graph, list[Any]]:
+    """Read GraphML, and what it declares: networkx merges and makes up nodes without a word."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError("document types and entities are not read")
-    return nx.parse_graphml(text)
+    root = ElementTree.fromstring(text)
+    if (graphs := len(root.findall(".//{*}graph"))) != 1:
+        raise ValueError(f"it holds {graphs} graphs, not one")
+    nodes = [node.get("id") for node in root.findall(".//{*}node")]
+    if None in nodes:
+        raise ValueError(f"node {nodes.index(None)} needs an id")
+    return nx.parse_graphml(text), nodes
 
 
-def _node_link(text: str) -> Graph:
+def _node_link(text: str) -> tuple[Graph, list[Any]]:
+    """Read node-link JSON, and what it declares: networkx numbers and makes up nodes."""
     data = json.loads(text)
-    if not isinstance(data, dict):
-        raise ValueError("expected a mapping with nodes and edges")
-    return nx.node_link_graph(data, edges="edges" if "edges" in data else "links")
+    edges = "edges" if isinstance(data, dict) and "edges" in data else "links"
+    if not (isinstance(data, dict) and all(_are_mappings(data.get(k)) for k in ("nodes", edges))):
+        raise ValueError('expected a mapping with lists of mappings, "nodes" and "edges"')
+    for k, node in enumerate(data["nodes"]):
+        parts = node.get("id")  # a list where it was a tuple, as in networkx's grids
+        if not all(type(p) in (str, int) for p in (parts if isinstance(parts, list) else [parts])):
+            raise ValueError(f"node {k} needs an id, text or a whole number")
+    for k, edge in enumerate(data[edges]):
+        if not {"source", "target"} <= edge.keys():
+            raise ValueError(f"edge {k} needs a source and a target")
+    nodes = [tuple(i) if isinstance(i := node["id"], list) else i for node in data["nodes"]]
+    return nx.node_link_graph(data, edges=edges), nodes
 
 
-def _edge_list(text: str, directed: bool) -> Graph:
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _edge_list(text: str, directed: bool) -> tuple[Graph, list[Any]]:
     """Read "from to [data, ignored]" lines; networkx would skip those that it cannot read."""
     graph: Graph = nx.DiGraph() if directed else nx.Graph()
     for number, line in enumerate(text.splitlines(), 1):
@@ -186,4 +220,4 @@ def _edge_list(text: str, directed: bool) -> Graph:
                 graph.add_edge(l, i)
             case [name]:
                 raise ValueError(f"line {number} names {name} alone, not two nodes")
-    return graph
+    return graph, list(graph)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.checkpoint import write_text
+from hdnn_dist.checkpoint import to_json, write_text
 from hdnn_dist.trainer import Listener, Progress, Runner
 
 if TYPE_CHECKING:
@@ -72,21 +71,20 @@ class JsonLines(Listener):
             self._file.close()
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Each line with its record, up to one that a crash left torn."""
+        """Each line with its record, up to one that is torn by a crash or otherwise none."""
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    yield line, json.loads(line)
+                    record = json.loads(line)
                 except json.JSONDecodeError:
                     return
+                if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+                    return
+                yield line, record
 
     def _write(self, **record: Any) -> None:
         assert self._file is not None, "started() comes first"
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._file.write(json.dumps(plain) + "\n")
+        self._file.write(to_json(record) + "\n")
 
     def _flush(self) -> None:
         assert self._file is not None

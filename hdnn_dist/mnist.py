@@ -42,10 +42,10 @@ MIRRORS = (
 )
 TIMEOUT = 20.0  # seconds without a byte from a mirror
 CHUNK = 1024  # samples read at a time
-PLACE = (
-    f"place {', '.join(stem for stem, _ in FILES.values())} (plain or .gz) in one folder and name "
-    "it with data.dir in the spec, --data-dir or $HDNN_DATA"
+FOLDER = (
+    "(plain or .gz) in one folder and name it with data.dir in the spec, --data-dir or $HDNN_DATA"
 )
+PLACE = f"place {', '.join(stem for stem, _ in FILES.values())} {FOLDER}"
 
 
 def cache_folder() -> Path:
@@ -65,7 +65,8 @@ def locate_mnist(spec: DataSpec) -> Path:
     folder, named = _folder(spec)
     missing = [stem for stem, _ in FILES.values() if _find(folder, stem) is None]
     if missing:
-        raise DataError(f"{named or 'the cache'} {folder} has no {', '.join(missing)}", PLACE)
+        problem = f"{named or 'the cache'} {folder} has no {', '.join(missing)}"
+        raise DataError(problem, f"place all four files {FOLDER}")
     return folder
 
 

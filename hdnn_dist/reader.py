@@ -21,18 +21,29 @@ from hdnn_dist.spec import NAME_RULE, Optimizer, Schedule, Section, Spec, Split,
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number (YAML 1.2) and 2020-01-01 as text."""
+    """SafeLoader with the numbers of YAML 1.2: 1e-3 and 010 = 10, but 1:30 and 2020-01-01 text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
-        first: [rule for rule in rules if not rule[0].endswith((":timestamp", ":value"))]
+        first: [
+            rule
+            for rule in rules
+            if not rule[0].endswith((":int", ":float", ":timestamp", ":value"))
+        ]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
+for _kind, _form in (
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})$"), list("-+.0123456789")
+    )
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda _, node: int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10),
 )
 
 
@@ -40,6 +51,12 @@ class _Dumper(yaml.SafeDumper):
     """Quotes just the text that `_Loader` would read as something else."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def analyze_scalar(self, scalar: str) -> Any:
+        """Have U+0085 escaped: PyYAML writes this line break in a form that reads as another."""
+        analysis = super().analyze_scalar(scalar)
+        analysis.allow_single_quoted &= "\x85" not in scalar
+        return analysis
 
 
 _TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "merge")
@@ -196,7 +213,7 @@ def _parse(text: str, name: str, lines: bool = True) -> tuple[Any, Source]:
         raise SpecError((), f"not YAML: {error.problem}", "mend that line", at) from error
     except RecursionError as error:
         raise SpecError((), "values are nested too deeply", "write them flat", name) from error
-    except (yaml.YAMLError, ValueError, KeyError) as error:  # control characters, 0b_
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # control characters, !!int x
         raise SpecError((), f"not YAML: {' '.join(str(error).split())}", "mend it", name) from error
 
 
@@ -360,7 +377,12 @@ def _user_path(error: ErrorDetails, data: Any) -> Place:
             data, path = data[str(part)], (*path, part)
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data, path = data[part], (*path, part)
-    return (*path, error["loc"][-1]) if error["type"] == "missing" else path
+    match error["type"]:
+        case "missing":
+            return (*path, error["loc"][-1])
+        case "kind":  # the key that chooses, as an override may have set it alone
+            return (*path, error["ctx"]["key"])
+    return path
 
 
 def _say(errors: Sequence[ErrorDetails]) -> tuple[str, str]:

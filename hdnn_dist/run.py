@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,11 @@ from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
-from hdnn_dist.checkpoint import latest_checkpoint, write_text
+from hdnn_dist.checkpoint import Manifest, checkpoints, latest_checkpoint, write_text
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import dump_spec
-from hdnn_dist.trainer import Runner
+from hdnn_dist.trainer import Runner, Summary, read_summary, state_digest
 
 # What a run that goes on may change: a checkpoint remains a state of the changed job, and its step
 # the same place in the same order of samples.
@@ -36,18 +37,24 @@ def vacant(job: Job, path: Path | None = None) -> Path:
         path: the run directory; default: `runs/<topology>-<data>-<time>`.
 
     Raises:
-        CheckpointError: the path is a file, or a directory that is not empty.
+        CheckpointError: the path is a file, a directory that is not empty, or cannot be made.
     """
     if path is None:
         name = re.sub(r"[^\w.-]+", "-", f"{job.topology.name}-{job.data.name}").strip(".-")
         stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         names = (stem.with_name(f"{stem.name}-{k}") if k > 1 else stem for k in count(1))
-        return next(path for path in names if not path.exists())
+        path = next(path for path in names if not path.exists())
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         what = "is not empty" if path.is_dir() else "is a file"
         raise CheckpointError(
             f"{path} {what}, and a new run needs a directory of its own",
             f"name another with --run, or continue it with --resume {path}",
+        )
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if there.is_dir() else "is a file"
+        raise CheckpointError(
+            f"the run directory {path} cannot be made: {there} {what}", "name another with --run"
         )
     return path
 
@@ -115,26 +122,43 @@ def restore(runner: Runner, run: Path) -> int:
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged, of another job, or past its end.
     """
+    folder, manifest = _checkpoint_of(runner.job, run)
+    runner.load(folder, manifest)
+    return manifest.step
+
+
+def finished(job: Job, run: Path) -> Summary | None:
+    """The summary of a run that has taken all steps of its job; None if there is more to do.
+
+    Raises:
+        CheckpointError: as `restore`, but for a run without a checkpoint.
+    """
+    if not has_checkpoint(run):
+        return None
+    step = _checkpoint_of(job, run)[1].step
+    return read_summary(run, step) if step == job.steps else None
+
+
+def _checkpoint_of(job: Job, run: Path) -> tuple[Path, Manifest]:
     folder, manifest = latest_checkpoint(run)
-    if manifest.topology != runner.job.topology.digest():
+    if manifest.state != state_digest(job):
         raise CheckpointError(
-            f"{folder}: written by agents on another topology than that of {run / 'spec.yaml'}",
+            f"{folder}: written by agents of another topology, model or data split than that of "
+            f"{run / 'spec.yaml'}",
             "restore the spec.yaml of the run",
         )
-    job = runner.job
     if manifest.step > job.steps:
         raise CheckpointError(
             f"{run} has taken {manifest.step} steps, but {job.spec.training.epochs} epochs are "
             f"{job.steps}",
             f"set training.epochs to {-(-manifest.step // job.steps_per_epoch)} or more",
         )
-    runner.load(folder, manifest)
-    return manifest.step
+    return folder, manifest
 
 
 def has_checkpoint(run: Path) -> bool:
     """Whether a run has come as far as its first checkpoint."""
-    return any((run / "checkpoints").glob("step-*"))
+    return bool(checkpoints(run))
 
 
 def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -29,9 +29,15 @@ AgentName = Annotated[
         description="Letters, digits, '_' and '-'; it names the agent's checkpoint file.",
     ),
 ]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0)]
+# Upper bounds are for slips, which would overflow or fill the memory at a later place.
+MAX_SIZE = 10_000  # of a state, or layers
+Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+Threads = Annotated[int, Field(gt=0, le=1024)]
+Pixels = Annotated[int, Field(ge=0, le=1024)]
 
 
 class Section(BaseModel):
@@ -40,16 +46,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def _by_shape(expected: str, **shapes: tuple[type, ...]) -> Discriminator:
-    """Choose a union's branch by the type of the value: one message instead of one a branch.
+def _by_shape(expected: str, **shapes: tuple[type | str, ...]) -> Discriminator:
+    """Choose a union's branch by the form of the value: one message instead of one a branch.
 
     Args:
         expected: what is expected, for the message.
-        shapes: the types that stand for each tag.
+        shapes: the types, or the words, that stand for each tag.
     """
 
     def tag(value: Any) -> str | None:
-        return next((t for t, shape in shapes.items() if isinstance(value, shape)), None)
+        for name, forms in shapes.items():
+            if any(isinstance(value, f) if isinstance(f, type) else value == f for f in forms):
+                return name
+        return None
 
     return Discriminator(tag, custom_error_type="shape", custom_error_message=expected)
 
@@ -84,7 +93,7 @@ class AgentSpec(Section):
     """One agent: its name, the size ``d`` of each of its states ``p, q ∈ R^d``, what it needs."""
 
     name: AgentName
-    d: Count | None = Field(default=None, description="Size of p and of q; default: topology.d.")
+    d: Size | None = Field(default=None, description="Size of p and of q; default: topology.d.")
     cpu: NonNegative | None = Field(
         default=None,
         description="Cores for its actor; default: an equal share of the cluster, at most 1.",
@@ -171,7 +180,7 @@ class TopologySpec(Section):
         description="A list of agents (names, or name/d/resources), or how many (a1, a2, …); "
         "left out, the generator's or the file's nodes are the agents.",
     )
-    d: Count = Field(default=8, description="State size of every agent that names none of its own.")
+    d: Size = Field(default=8, description="State size of every agent that names none of its own.")
     edges: Edges = Field(default_factory=list, description="Pairs, a generator, or a file.")
     directed: bool = Field(
         default=False, description="Whether edge [l, i] lets only i use l's state, not l use i's."
@@ -191,7 +200,7 @@ class ReadoutSpec(Section):
 
     agents: Annotated[
         Annotated[Literal["all"], Tag("all")] | Annotated[list[AgentName], Tag("list")],
-        _by_shape("all, or a list of names", all=(str,), list=(list,)),
+        _by_shape("all, or a list of names", all=("all",), list=(list,)),
     ] = Field(default="all", description="Who contributes a term.")
     root: AgentName | None = Field(
         default=None, description="The agent that holds the labels; default: a centre of the graph."
@@ -210,7 +219,7 @@ class ModelSpec(Section):
     graph: Literal["K", "J", "both"] = Field(
         default="K", description="K: T = A + I, X = I. J: T = I, R = A + I. both: T = R = A + I."
     )
-    layers: Count = Field(default=8, description="Depth N.")
+    layers: Size = Field(default=8, description="Depth N.")
     h: Positive = Field(default=0.25, description="Step of the discretisation.")
     activation: Literal["tanh", "relu", "sigmoid"] = Field(default="tanh", description="σ.")
     layer_graphs: (
@@ -219,7 +228,9 @@ class ModelSpec(Section):
                 Annotated[LayerGraph, Tag("LayerGraph")]
                 | Annotated[Literal["topology", "none"], Tag("word")],
                 _by_shape(
-                    "topology, none, or {edges: …}", LayerGraph=(dict, LayerGraph), word=(str,)
+                    "topology, none, or {edges: …}",
+                    LayerGraph=(dict, LayerGraph),
+                    word=("topology", "none"),
                 ),
             ]
         ]
@@ -375,8 +386,8 @@ class OneCycle(Section):
 
     name: Literal["one-cycle"]
     warmup: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    start: Annotated[float, Field(ge=1)] = 25.0
-    end: Annotated[float, Field(ge=1)] = 1e4
+    start: Ratio = 25.0
+    end: Ratio = 1e4
 
 
 Schedule = Annotated[
@@ -403,7 +414,7 @@ class TrainingSpec(Section):
         default=0.0,
         description="Weight α of the paper's α h/2 Σ_j ‖K_{j+1}-K_j‖² + ‖b_{j+1}-b_j‖².",
     )
-    shift: Annotated[int, Field(ge=0)] = Field(
+    shift: Pixels = Field(
         default=0,
         description="Augmentation: each agent's image part moves by up to so many pixels.",
     )
@@ -425,7 +436,8 @@ class ClusterSpec(Section):
         default=1, description="Agents that share one actor; auto: one actor a core of the cluster."
     )
     address: str | None = Field(
-        default=None, description="Ray cluster to join; default: start one here."
+        default=None,
+        description="Ray cluster to join; default: $RAY_ADDRESS, else one is started here.",
     )
     placement: Literal["spread", "pack"] = Field(
         default="pack", description="Over the cluster's nodes."
@@ -434,7 +446,7 @@ class ClusterSpec(Section):
         default=60.0,
         description="Seconds after which a message or a placement that does not come fails.",
     )
-    threads: Count | None = Field(
+    threads: Threads | None = Field(
         default=None,
         description="Torch threads a process; default: one, as the products of an agent are small.",
     )

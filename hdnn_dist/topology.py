@@ -27,6 +27,7 @@ from hdnn_dist.errors import SpecError, did_you_mean
 from hdnn_dist.graphs import MAX_AGENTS, MAX_EDGES, Graph, Loc, graph_of, simple
 from hdnn_dist.spec import (
     AGENT_NAME,
+    MAX_SIZE,
     NAME_RULE,
     AgentSpec,
     EdgeList,
@@ -377,8 +378,9 @@ def _agents_of(graph: Graph, d: int | None, loc: Loc) -> list[AgentSpec]:
                 f"node {name!r} cannot name an agent",
                 NAME_RULE,
             )
-        if size is not None and (type(size) is not int or size < 1):
-            raise SpecError(loc, f"node {name} has d = {size!r}", "make d a whole number above 0")
+        if size is not None and (type(size) is not int or not 0 < size <= MAX_SIZE):
+            mend = f"make d a whole number from 1 to {MAX_SIZE}"
+            raise SpecError(loc, f"node {name} has d = {size!r}", mend)
         agents.append(AgentSpec(name=name, d=size))
     _check_names([agent.name for agent in agents], loc)
     return agents
@@ -391,13 +393,17 @@ def _name(node: Any) -> str:
 def _check_names(names: Sequence[str], loc: Loc = ("topology", "agents")) -> None:
     seen: dict[str, int] = {}
     for k, name in enumerate(names):
-        if name in seen:
+        # Names name checkpoint files, and some disks do not tell A from a.
+        first = seen.setdefault(name.casefold(), k)
+        if first != k:
+            same = f"both called {name}"
+            if names[first] != name:
+                same = f"called {names[first]} and {name}, the same but for case"
             raise SpecError(
                 (*loc, k) if loc[-1] == "agents" else loc,
-                f"agents {seen[name]} and {k} are both called {name}",
+                f"agents {first} and {k} are {same}",
                 "give every agent a name of its own",
             )
-        seen[name] = k
 
 
 def _named_edges(graph: Graph | None, edges: Edges, names: Sequence[str]) -> EdgeList:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.checkpoint import Manifest, write_checkpoint, write_json
+from hdnn_dist.checkpoint import (
+    Manifest,
+    Totals,
+    latest_checkpoint,
+    write_checkpoint,
+    write_json,
+)
 from hdnn_dist.data import Part
 from hdnn_dist.errors import RunError
 from hdnn_dist.job import Job
@@ -41,8 +50,8 @@ class Runner(Protocol):
         """Loss and accuracy over a part of the data set."""
         ...
 
-    def predict(self, source: Part | Path) -> np.ndarray:
-        """Class probabilities `(samples, C)` for a part of the data set or the rows of a file."""
+    def predict(self, source: str | os.PathLike[str]) -> np.ndarray:
+        """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file."""
         ...
 
     def sent(self) -> Counter[tuple[int, int]]:
@@ -87,7 +96,7 @@ class LocalRunner:
         assert result is not None
         return result
 
-    def predict(self, source: Part | Path) -> np.ndarray:  # noqa: D102
+    def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102
         result = self.worker.predict(source)
         assert result is not None
         return result
@@ -132,10 +141,13 @@ class Progress:
 class Summary:
     """Figures of a whole run, as in `summary.json`.
 
+    A run that was resumed sums over the processes that took it on: each checkpoint carries the sums
+    so far. What was done past a checkpoint and lost by an interruption is not counted.
+
     Attributes:
         run: the run directory.
         test_accuracy, test_loss: of the last evaluation.
-        best_test_accuracy: of all evaluations since this process took the run up.
+        best_test_accuracy: of all evaluations.
         epochs, steps: of the whole run.
         seconds: wall time of `fit`.
         training_seconds: of it, in training steps.
@@ -195,17 +207,31 @@ class Trainer:
     def fit(self, step: int = 0) -> Summary:
         """Train to the last epoch, evaluating and saving on the way.
 
+        A run that is complete already is left as it is, and its summary returned.
+
         Args:
-            step: steps already taken (by a resumed run).
+            step: steps already taken: those of the run's latest checkpoint, or none.
 
         Raises:
             RunError: the loss is not a finite number any more; the last checkpoint is good.
         """
         job, runner = self.runner.job, self.runner
         training, per_epoch = job.spec.training, job.steps_per_epoch
-        started, training_seconds, first = time.perf_counter(), 0.0, step
-        evaluation, best = None, 0.0
-        chunk = 1
+        if step == job.steps and (written := read_summary(self.run, step)) is not None:
+            return written
+        before_us = latest_checkpoint(self.run)[1].totals if step else Totals()
+        training_seconds, best = before_us.training_seconds, before_us.best_test_accuracy
+        started, sent = time.perf_counter(), self._sent()
+
+        def totals() -> Totals:
+            return Totals(
+                seconds=before_us.seconds + time.perf_counter() - started,
+                training_seconds=training_seconds,
+                bytes_sent=before_us.bytes_sent + self._sent() - sent,
+                best_test_accuracy=best,
+            )
+
+        evaluation, chunk = None, 1
         self._tell("started", runner, step)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
@@ -225,26 +251,23 @@ class Trainer:
                 best = max(best, evaluation.accuracy)
                 self._tell("evaluated", step, epoch, evaluation)
             if epoch % training.checkpoint_every == 0 or step == job.steps:
-                write_checkpoint(self.run, step, job.topology.digest(), runner.save)
-        if evaluation is None:  # a resumed run that was complete already
+                write_checkpoint(self.run, step, state_digest(job), totals(), runner.save)
+        if evaluation is None:  # all steps were taken, but the summary is not there
             evaluation = runner.evaluate()
-            best = evaluation.accuracy
+            best = max(best, evaluation.accuracy)
         plan, itemsize = job.plan, job.dtype.itemsize
         moved = plan.traffic(plan.training_step, job.batch, itemsize)
         summary = Summary(
             run=str(self.run),
             test_accuracy=evaluation.accuracy,
             test_loss=evaluation.loss,
-            best_test_accuracy=best,
             epochs=training.epochs,
             steps=step,
-            seconds=time.perf_counter() - started,
-            training_seconds=training_seconds,
-            samples_per_second=(step - first) * job.batch / max(training_seconds, 1e-9),
+            samples_per_second=step * job.batch / max(training_seconds, 1e-9),
             bytes_per_step=sum(moved.values()),
-            bytes_sent=sum(runner.sent().values()),
             parameters=sum(map(job.architecture.count, range(len(job.topology.agents)))),
             placement=runner.describe(),
+            **totals().model_dump(),
         )
         write_json(self.run / "summary.json", asdict(summary))
         self._tell("ended", summary)
@@ -264,9 +287,36 @@ class Trainer:
             seconds_left=(job.steps - step) * seconds / len(results),
         )
 
+    def _sent(self) -> int:
+        return sum(self.runner.sent().values())
+
     def _tell(self, event: str, *news: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*news)
+
+
+def state_digest(job: Job) -> str:
+    """SHA-256 over all that gives the states in a checkpoint their meaning."""
+    spec = job.spec
+    parts = (
+        job.topology.digest(),
+        spec.model.model_dump_json(),
+        spec.data.model_dump_json(include={"name", "split"}),
+        spec.training.model_dump_json(include={"dtype"}),
+        spec.training.optimizer.name,
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_summary(run: Path, steps: int) -> Summary | None:
+    """The summary of a run that ended after so many steps; None if there is none."""
+    try:
+        content = json.loads((run / "summary.json").read_bytes())
+        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
+        found = Summary(**values)
+    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
+        return None
+    return replace(found, run=str(run)) if found.steps == steps else None  # it may have moved
 
 
 def _check_finite(results: Sequence[StepResult]) -> None:

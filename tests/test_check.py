@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import asdict
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,14 @@ def test_more_actors_than_cores_are_warned_of() -> None:
     packed = report(topology=line("abcdef"), cluster={"agents_per_actor": "auto"})
     assert len(packed.actors) == 3
     assert packed.warnings == ()
+
+
+def test_more_parameters_than_memory_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2000))
+    found = report(topology=line("abc"), model={"layers": 2})  # 534 · 4 bytes
+    assert any("take 2.14 kB, but this machine has 2 kB" in warning for warning in found.warnings)
+    single = report(topology=line("a"), model={"layers": 1})
+    assert not any("memory" in warning for warning in single.warnings)
 
 
 def test_the_report_is_plain_json_and_is_shown_whole() -> None:

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import math
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
+from hdnn_dist.agent import Evaluation
 from hdnn_dist.cli import main
 from hdnn_dist.data import PIXELS, load_features
-from hdnn_dist.errors import RunError
+from hdnn_dist.errors import DataError, RunError
 from hdnn_dist.reader import json_schema
 from hdnn_dist.spec import DataSpec
 from hdnn_dist.trainer import LocalRunner
@@ -45,6 +51,15 @@ def hdnn(*arguments: object) -> int:
     with pytest.raises(SystemExit) as exit:
         main([str(argument) for argument in arguments])
     return int(exit.value.code or 0)
+
+
+def raiser(error: BaseException) -> Callable[..., NoReturn]:
+    """A function that raises."""
+
+    def function(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return function
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -128,7 +143,9 @@ def test_a_run_can_be_prolonged(trained: Path, capsys: pytest.CaptureFixture[str
     assert json.loads((trained / "summary.json").read_text())["steps"] == 12
     capsys.readouterr()
     assert hdnn("train", "--resume", trained, "--local") == 0  # 4 is now in its spec
-    assert "continues after step 12 of 12" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nothing to train" in shown
+    assert "4 epochs in" in shown
     assert hdnn("train", "--resume", trained, "--local", "--set", "training.epochs=2") == 2
     assert "set training.epochs to 4 or more" in error_of(capsys)
 
@@ -197,6 +214,7 @@ def test_check_and_train_refuse_the_same(
         ("train --resume {run} --local --run other", "--run is given with --resume"),
         ("train spec.yaml --resume {run} --local", "a SPEC is given with --resume"),
         ("train --local --run {run}", "is not empty"),
+        ("train --local --run {run}/spec.yaml/x", "spec.yaml is a file"),
         ("train --resume {run} --local --set model.layers=3", "model.layers is 2, not 3"),
         ("train --resume nowhere --local", "nowhere is no run directory"),
         ("eval nowhere --local", "nowhere is no run directory"),
@@ -229,11 +247,85 @@ def test_usage_errors_exit_with_2(arguments: str, capsys: pytest.CaptureFixture[
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_directory_that_cannot_be_made(
-    spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_is_told_with_a_hint(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hdnn("train", spec, "--local", "--run", spec / "run") == 1
-    assert str(spec) in error_of(capsys)
+    run = tmp_path / "run"
+    monkeypatch.setattr(LocalRunner, "save", raiser(OSError(errno.ENOSPC, "No space left")))
+    assert hdnn("train", spec, "--local", "--run", run, "--no-tensorboard") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: No space left",  # writes do not know their file's name
+        f"continue with: hdnn-dist train --resume {run} --local",
+    ]
+
+
+def test_a_user_error_amid_training_is_told_with_a_hint(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LocalRunner, "train", raiser(DataError("a file is damaged", "mend it")))
+    assert hdnn("train", spec, "--local", "--run", tmp_path / "run", "--no-tensorboard") == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: a file is damaged; mend it"
+    assert "--resume" in hint
+
+
+@pytest.mark.parametrize("command", ["train {spec} --local", "check {spec}", "schema"])
+def test_an_interrupt_is_told_wherever_it_comes(
+    command: str,
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for where in ("api.launch", "check.examine", "reader.json_schema"):
+        monkeypatch.setattr(f"hdnn_dist.{where}", raiser(KeyboardInterrupt()))
+    assert hdnn(*command.format(spec=spec).split()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_during_imports_ends_at_once() -> None:
+    code = (  # as an import that wraps whatever comes into an error of its own
+        "import os, signal, hdnn_dist.cli as cli, hdnn_dist.reader as reader\n"
+        "def schema():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException: raise RuntimeError\n"
+        "reader.json_schema = schema\n"
+        "cli.main(['schema'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_eval_prints_json_that_can_be_read(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LocalRunner, "evaluate", lambda *_: Evaluation(math.nan, 0.1, 50))
+    assert hdnn("eval", trained, "--local", "--json") == 0
+    result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (result["loss"], result["accuracy"]) == (None, 0.1)
+
+
+def test_check_joins_the_cluster_that_training_would(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert hdnn("check", spec) == 2
+    assert "no Ray cluster answers at '127.0.0.1:1'" in error_of(capsys)
+    assert hdnn("check", spec, "--set", "cluster.address=127.0.0.1:2") == 2
+    assert "no Ray cluster answers at '127.0.0.1:2'" in error_of(capsys)
+
+
+def test_predict_refuses_a_folder_before_it_starts(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("hdnn_dist.api.open_run", raiser(AssertionError("started")))
+    assert hdnn("predict", trained, "--local", "--out", tmp_path) == 2
+    assert f"--out: {tmp_path} is a folder; name a file" in error_of(capsys)
 
 
 def test_schema_and_version(capsys: pytest.CaptureFixture[str]) -> None:

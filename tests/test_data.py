@@ -159,6 +159,7 @@ def test_indices_may_overlap_and_leave_out() -> None:
         ("swiss_roll", {"kind": "stripes"}, "kind", "not a set of images"),
         ("digits", {"kind": "auto", "agents": []}, "agents", "no agent sees"),
         ("digits", {"kind": "auto", "agents": ["a1", "b"]}, "agents.1", "no agent 'b'"),
+        ("digits", {"kind": "auto", "agents": ["a1", "A2"]}, "agents.1", "did you mean 'a2'"),
         ("digits", {"kind": "stripes", "agents": ["a1", "a1"]}, "agents.1", "named twice"),
         ("digits", {"kind": "patches", "grid": (3, 2)}, "grid", "does not divide 8x8"),
         ("digits", {"kind": "patches", "grid": (4, 2)}, "grid", "8 patches, but 4 agents"),
@@ -333,6 +334,10 @@ def test_named_folder_is_the_only_one_searched(
     assert data.locate_mnist(spec(name="mnist")) == cache
     monkeypatch.setenv("HDNN_DATA", str(folder))
     assert data.locate_mnist(spec(name="mnist")) == folder
+    with pytest.raises(DataError) as error:
+        data.locate_mnist(spec(name="mnist", dir="/nowhere"))
+    assert str(error.value).count("train-images") == 1
+    assert "place all four files" in str(error.value)
     (folder / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match=r"\$HDNN_DATA .*has no t10k-labels-idx1-ubyte;"):
         data.locate_mnist(spec(name="mnist"))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -8,14 +7,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.console import LiveView, PlainView, duration, size, view
-from hdnn_dist.job import Job
 from hdnn_dist.metrics import JsonLines, TensorBoard
-from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner
+from hdnn_dist.trainer import Listener, Progress, Runner
 
 TWO_STEPS_AN_EPOCH = cast(Runner, SimpleNamespace(job=SimpleNamespace(steps_per_epoch=2)))
 
@@ -82,6 +78,21 @@ def test_a_resumed_run_drops_what_was_past_its_checkpoint(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"[1]", b"7", b"\xff\xfe", b'{"kind": "train"}', b'{"step": "2"}']
+)
+def test_lines_that_are_no_records_end_the_file(tmp_path: Path, damage: bytes) -> None:
+    play(JsonLines(tmp_path), 0, 1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(damage + b'\n{"kind": "train", "step": 1}\n')
+    play(JsonLines(tmp_path), 1, 2)
+    assert [(r["kind"], r["step"]) for r in records(tmp_path)] == [
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+    ]
+
+
 def test_tensorboard_events(tmp_path: Path) -> None:
     play(TensorBoard(tmp_path), 0, 3)
     play(TensorBoard(tmp_path), 2, 4)
@@ -90,46 +101,3 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Scalars("test/accuracy")] == [2, 4]
     assert events.Scalars("test/accuracy")[0].value == pytest.approx(0.9)
-
-
-def test_the_console_chooses_its_view() -> None:
-    assert isinstance(view(Console(file=io.StringIO())), PlainView)
-    assert isinstance(view(Console(file=io.StringIO(), force_terminal=True)), LiveView)
-
-
-def test_plain_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    plain = PlainView(Console(file=out))
-    for k in range(1, 5):
-        now += 2.0
-        plain.stepped(step(k), at(k))
-    plain.evaluated(4, 2, Evaluation(0.25, 0.9, 10))
-    assert out.getvalue().splitlines() == [
-        "epoch   1  step 3/4  loss 0.5000  accuracy  75.0%  100 samples/s  1:05 left",
-        "epoch   2  step 4  test accuracy 90.00%  loss 0.2500",
-    ]
-
-
-def test_the_live_view_shows_where_the_run_stands() -> None:
-    out = io.StringIO()
-    runner = LocalRunner(Job.load(None, ["data.train_samples=128"]))
-    live = LiveView(Console(file=out, force_terminal=True, width=120))
-    play(live, 0, 2, runner)
-    shown = out.getvalue()
-    for part in ("ring8 learns digits: 8 agents in this process", "1/20", "2/40", "1:05 left"):
-        assert part in shown
-    assert "2.13 MB/step" in shown
-    assert "test accuracy 90.00%" in shown
-
-
-def test_figures_for_people() -> None:
-    assert [size(n) for n in (0, 999, 1000, 1_234_567, 5e15)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "1.23 MB",
-        "5e+03 TB",
-    ]
-    assert [duration(s) for s in (0, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]

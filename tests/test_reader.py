@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hdnn_dist.errors import SpecError
@@ -75,6 +75,13 @@ def test_floats_are_yaml_1_2(tmp_path: Path, number: str) -> None:
     assert read(tmp_path, text).training.optimizer.lr == pytest.approx(1e-3)
     by_override = read(tmp_path, "topology: {agents: 2}", f"training.optimizer.lr={number}")
     assert by_override.training.optimizer.lr == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("number", "value"), [("010", 10), ("+7", 7), ("0x1F", 31), ("0o17", 15), ("9", 9)]
+)
+def test_whole_numbers_are_yaml_1_2(tmp_path: Path, number: str, value: int) -> None:
+    assert read(tmp_path, f"topology: {{agents: 2, d: {number}}}").topology.d == value
 
 
 def test_default_spec() -> None:
@@ -148,9 +155,9 @@ BOMB = "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" for k in range(20))
         (A4 + 'model: {layers: "3"}', ['"3" given; write a whole number, without quotes']),
         (A4 + "model: {layers: 3.5}", ["3.5 given; write a whole number"]),
         (A4 + "model: {train_J: 1}", ["1 given; write true or false"]),
-        (A4 + "model: {readout: {agents: some}}", ['readout.agents: "some" given; write all']),
+        (A4 + "model: {readout: {agents: some}}", ['"some" given; write all, or a list of names']),
         (A4 + "model: {readout: {agents: 3}}", ["3 given; write all, or a list of names"]),
-        (A4 + "model: {layer_graphs: [topolgy]}", ["graphs.0:", "write topology or none"]),
+        (A4 + "model: {layer_graphs: [topolgy]}", ["graphs.0:", "write topology, none, or {edges"]),
         (A4 + "model: {layer_graphs: [{edge: []}]}", ["graphs.0.edge: unknown key", "'edges'"]),
         (A4 + "model: {layer_graphs: []}", ["model.layer_graphs: [] given; write at least 1"]),
         (A4 + "model:", ["model: null given; write a section with graph, layers"]),
@@ -163,6 +170,20 @@ BOMB = "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" for k in range(20))
         ("topology: {agents: [../x]}", ['"../x" cannot name an agent']),
         ("topology: {agents: [{d: 3}]}", ["topology.agents.0.name: missing"]),
         ("topology: {agents: [{name: a, d: 0}]}", ["agents.0.d: 0 given; write a number above 0"]),
+        ("topology: {agents: 2, d: 99999999999999999999}", ["topology.d: 9", "up to 10000"]),
+        ("topology: {agents: 2, d: 1000000}", ["topology.d: 1000000 given", "up to 10000"]),
+        ("topology: {agents: [{name: a, d: 10001}]}", ["agents.0.d: 10001 given", "up to 10000"]),
+        (A4 + "model: {h: 1e300}", ["model.h: 1e+300 given; write a number up to 1000000"]),
+        (A4 + "model: {layers: 10001}", ["model.layers: 10001 given; write a number up to 10000"]),
+        (A4 + "model: {layers: 1:30}", ['model.layers: "1:30" given; write a whole number']),
+        (A4 + "model: {layers: 1_0}", ['model.layers: "1_0" given; write a whole number']),
+        (A4 + "cluster: {threads: 1000000}", ["cluster.threads: 1000000 given", "up to 1024"]),
+        (A4 + "training: {epochs: 1e10}", ["epochs: 10000000000.0 given; write a whole number"]),
+        (A4 + "training: {epochs: 10000000000}", ["training.epochs: 1", "up to 1000000000"]),
+        (A4 + "training: {batch_size: 10000000000}", ["batch_size: 1", "up to 1000000000"]),
+        (A4 + "training: {optimizer: {lr: 1e7}}", ["lr: 10000000.0 given", "up to 1000000"]),
+        (A4 + "training: {shift: 100000000000000000000}", ["training.shift: 1", "up to 1024"]),
+        (A4 + "training: {schedule: {name: one-cycle, end: .inf}}", ["end: Infinity given"]),
         ("topology: {agents: [{name: a, gpus: 1}]}", ["agents.0.gpus: unknown key", "'gpu'"]),
         ("topology: {agents: 2, edges: [[a1]]}", ["topology.edges.0.1: missing"]),
         ("topology: {agents: 2, edges: [[a1, a2, a3]]}", ["edges.0:", "write at most 2 values"]),
@@ -170,12 +191,12 @@ BOMB = "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" for k in range(20))
         ("topology: {edges: {generater: x}}", ["edges.generater: unknown key", "'generator'"]),
         ("topology: {edges: {generator: x, args: {n: null}}}", ["edges.args.n: null given"]),
         ("topology: {edges: {generator: x, args: {n: [1, x]}}}", ['edges.args.n.1: "x" given']),
-        (A4 + "training: {optimizer: {name: sdg}}", ['optimizer: unknown name "sdg"', "'sgd'"]),
-        (A4 + "training: {optimizer: {name: [a]}}", ["unknown name", "adam, sgd, adamw"]),
+        (A4 + "training: {optimizer: {name: sdg}}", ['r.name: unknown name "sdg"', "'sgd'"]),
+        (A4 + "training: {optimizer: {name: [a]}}", ["r.name: unknown name", "adam, sgd, adamw"]),
         (A4 + "training: {optimizer: sgd}", ['"sgd" given; write a section with name, lr']),
         (A4 + "training: {optimizer: {momentum: 1}}", ["optimizer.momentum: unknown key"]),
         (A4 + "training: {schedule: {name: step}}", ["training.schedule.every: missing"]),
-        (A4 + "data: {split: {kind: tiles}}", ['data.split: unknown kind "tiles"', "'stripes'"]),
+        (A4 + "data: {split: {kind: tiles}}", ['split.kind: unknown kind "tiles"', "'stripes'"]),
         (A4 + "data: {split: {kind: patches, grid: [4]}}", ["data.split.grid.1: missing"]),
         (
             A4 + "data: {split: {kind: indices, indices: {on: [1]}}}",
@@ -279,6 +300,11 @@ def test_keys_that_the_user_set_are_never_dropped(tmp_path: Path) -> None:
         ("training..epochs=3", ["this is no override"]),
         ("training.epochs=[", ["--set training.epochs=[: not YAML:"]),
         ("training.epochs=many", ['--set training.epochs=many: training.epochs: "many" given']),
+        (
+            "training.optimizer.name=sdg",
+            ["--set training.optimizer.name=sdg: training.optimizer.name: unknown", "'sgd'"],
+        ),
+        ("data.split.kind=tiles", ["--set data.split.kind=tiles: data.split.kind: unknown"]),
         ("training.epoch=3", ["training.epoch: unknown key; did you mean 'epochs'?"]),
         ("topology.agents.2.d=4", ["topology.agents: no item '2' in a list of 2"]),
         ("topology.agents.b.d=4", ["no item 'b' in a list of 2; count from 0"]),
@@ -310,9 +336,10 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,8}", fullmatch=True) | st.sam
 
 @given(
     names=st.lists(NAMES, unique=True, min_size=2, max_size=5),
-    lr=st.floats(min_value=1e-300, max_value=1e300),
+    lr=st.floats(min_value=1e-300, max_value=1e6),
     title=st.text(),
 )
+@example(names=["a", "b"], lr=0.1, title="a\x85b")
 def test_what_is_dumped_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], lr: float, title: str
 ) -> None:

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 import hdnn_dist
-from hdnn_dist.checkpoint import write_checkpoint
+from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.checkpoint import (
+    Totals,
+    latest_checkpoint,
+    to_json,
+    write_checkpoint,
+    write_json,
+)
+from hdnn_dist.data import Part
 from hdnn_dist.errors import CheckpointError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.run import create, has_checkpoint, reopen, restore, vacant
-from hdnn_dist.trainer import LocalRunner
+from hdnn_dist.trainer import LocalRunner, state_digest
 
 
 def tiny(**changes: object) -> Job:
@@ -48,6 +59,19 @@ def test_a_place_that_is_taken_is_refused(run: Path) -> None:
         create(tiny(), run)
     with pytest.raises(CheckpointError, match="is a file"):
         vacant(tiny(), run / "spec.yaml")
+
+
+def test_a_place_that_cannot_be_made_is_found_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=r"spec\.yaml is a file"):
+        vacant(tiny(), run / "spec.yaml" / "deep" / "run")
+    assert vacant(tiny(), tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.chdir(tmp_path)
+    for path in (None, Path("run2"), tmp_path / "a" / "b"):
+        with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be written to"):
+            vacant(tiny(), path)
 
 
 def test_what_a_run_that_goes_on_may_change(run: Path) -> None:
@@ -102,7 +126,7 @@ def test_no_run_and_no_checkpoint(run: Path, tmp_path: Path) -> None:
 def test_restore_puts_the_agents_back(run: Path) -> None:
     runner = LocalRunner(tiny())
     runner.train(1)
-    write_checkpoint(run, 1, runner.job.topology.digest(), runner.save)
+    write_checkpoint(run, 1, state_digest(runner.job), Totals(), runner.save)
     other = LocalRunner(tiny())
     assert restore(other, run) == 1
     for a, b in zip(runner.worker.agents.values(), other.worker.agents.values(), strict=True):
@@ -112,14 +136,100 @@ def test_restore_puts_the_agents_back(run: Path) -> None:
 
 def test_restore_refuses_another_topology_and_a_run_that_is_too_long(run: Path) -> None:
     runner = LocalRunner(tiny())
-    write_checkpoint(run, 1, "another", runner.save)
+    write_checkpoint(run, 1, "another", Totals(), runner.save)
     with pytest.raises(CheckpointError, match="another topology"):
         restore(runner, run)
     runner.worker.step = 3
-    write_checkpoint(run, 3, runner.job.topology.digest(), runner.save)
+    write_checkpoint(run, 3, state_digest(runner.job), Totals(), runner.save)
     short = LocalRunner(tiny(training={"epochs": 2}))
     with pytest.raises(CheckpointError, match=r"has taken 3 steps, but 2 epochs are 2.*to 3 or"):
         restore(short, run)
+
+
+def test_strays_among_the_checkpoints_are_passed_over(run: Path) -> None:
+    folder = run / "checkpoints"
+    (folder / "step-xyz").mkdir(parents=True)
+    (folder / "step-99999999").touch()
+    assert not has_checkpoint(run)
+    runner = LocalRunner(tiny())
+    for step in (1, 2, 123456789, 3, 4):
+        write_checkpoint(run, step, state_digest(tiny()), Totals(), runner.save)
+    assert latest_checkpoint(run)[1].step == 123456789
+    names = ["step-00000003", "step-00000004", "step-123456789", "step-99999999", "step-xyz"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("activation: tanh", "activation: relu"),
+        ("h: 0.25", "h: 0.5"),
+        ("dtype: float32", "dtype: float64"),
+        ("kind: auto", "kind: stripes"),
+        ("optimizer:\n    name: adam", "optimizer:\n    name: adamw"),
+    ],
+)
+def test_a_spec_edited_by_hand_is_refused(run: Path, old: str, new: str) -> None:
+    runner = LocalRunner(tiny())
+    write_checkpoint(run, 1, state_digest(runner.job), Totals(), runner.save)
+    spec = (run / "spec.yaml").read_text()
+    assert spec.count(old) == 1, spec
+    (run / "spec.yaml").write_text(spec.replace(old, new))
+    with pytest.raises(CheckpointError, match=r"another topology, model.*restore the spec\.yaml"):
+        restore(LocalRunner(reopen(run)), run)
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
+    content = {"a": math.nan, "b": [1.5, (math.inf, {"c": -math.inf})], "d": "NaN"}
+    write_json(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text()) == json.loads(to_json(content))
+    assert to_json(content) == '{"a": null, "b": [1.5, [null, {"c": null}]], "d": "NaN"}'
+
+
+def test_a_resumed_run_is_summed_over_all_its_processes(tmp_path: Path) -> None:
+    """Cut after three of four epochs, its last evaluation the worst."""
+    run = tmp_path / "run"
+    job = tiny(training={"epochs": 4, "batch_size": 32})
+
+    class Moody(LocalRunner):
+        accuracies: ClassVar = [0.5, 0.9, 0.75, 0.25]
+
+        def train(self, steps: int) -> list[StepResult]:
+            if self.worker.step == 6 and cut:
+                raise RunError("cut")
+            return super().train(steps)
+
+        def evaluate(self, part: Part = "test") -> Evaluation:
+            loss = super().evaluate(part).loss
+            accuracy = self.accuracies[self.worker.step // job.steps_per_epoch - 1]
+            return Evaluation(math.nan if self.worker.step == 8 else loss, accuracy, 10)
+
+    cut = True
+    runner = Moody(job)
+    with pytest.raises(RunError, match="cut"):
+        hdnn_dist.fit(runner, create(job, run))
+    first = latest_checkpoint(run)[1].totals
+    assert first.best_test_accuracy == 0.9
+    assert first.bytes_sent == sum(runner.sent().values())
+    assert not (run / "summary.json").exists()
+    cut = False
+    again = Moody(job)
+    summary = hdnn_dist.fit(again, run)
+    assert (summary.best_test_accuracy, summary.test_accuracy) == (0.9, 0.25)
+    assert summary.bytes_sent == first.bytes_sent + sum(again.sent().values())
+    assert summary.seconds > first.seconds >= first.training_seconds > 0
+    assert summary.training_seconds > first.training_seconds
+    assert summary.samples_per_second == pytest.approx(8 * 32 / summary.training_seconds)
+    # A run that is complete stays as it is.
+    before = {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.name != "spec.yaml"}
+    last = Moody(job)
+    assert repr(hdnn_dist.fit(last, run)) == repr(summary)  # nan is not equal to itself
+    assert not last.sent()
+    assert {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.name != "spec.yaml"} == before
+    # Without its summary, that is written again, with the sums of the last checkpoint.
+    (run / "summary.json").write_text("[]")
+    assert hdnn_dist.fit(Moody(job), run).training_seconds == summary.training_seconds
+    assert json.loads((run / "summary.json").read_text())["best_test_accuracy"] == 0.9
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -144,7 +254,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_checkpoints(tmp_path: Pa
     overrides = ["training.optimizer.name=sgd", "training.schedule.name=constant"]
     hdnn_dist.train(overrides=[*overrides, "training.epochs=1"], run=run, local=True)
     good = {f: f.read_bytes() for f in run.glob("checkpoints/**/*") if f.is_file()}
-    job = reopen(run, ["training.epochs=5", "training.optimizer.lr=1e30"])
+    job = reopen(run, ["training.epochs=5", "training.optimizer.lr=1e6"])
     runner = hdnn_dist.launch(job, local=True)
     with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+"):
         hdnn_dist.fit(runner, run)

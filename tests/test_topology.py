@@ -121,6 +121,9 @@ def test_graph_files(tmp_path: Path) -> None:
     nx.write_edgelist(graph, tmp_path / "g.edgelist")
     edge_list = topology(edges={"file": str(tmp_path / "g.edgelist")})
     assert (edge_list.names, edge_list.edges) == (t.names, t.edges)
+    grid = nx.node_link_data(nx.grid_2d_graph(2, 1))
+    tuples = write(tmp_path / "grid.json", json.dumps(grid))
+    assert topology(edges=tuples).names == ("0-0", "1-0")
     by_hand = write(tmp_path / "g.txt", "# a ring\n\n1 2  # near\n2 3 0.5\n3 1\n")
     assert topology(edges=by_hand, directed=True).edges == ((0, 1), (1, 2), (2, 0))
 
@@ -197,6 +200,11 @@ ABC = ["a", "b", "c"]
         ({}, "topology", ["there are no agents", "agents: 8"]),
         ({"agents": []}, "topology.agents", ["empty list", "at least one"]),
         ({"agents": ["a", "b", "a"]}, "topology.agents.2", ["agents 0 and 2", "called a"]),
+        (
+            {"agents": ["a", "b", "A"]},
+            "topology.agents.2",
+            ["agents 0 and 2", "called a and A, the same but for case"],
+        ),
         ({"agents": 10**7}, "topology.agents", ["10000000 agents", "at most"]),
         (
             {"agents": ["fog1", "fog2"], "edges": [["fog1", "fog2"], ["fog3", "fog1"]]},
@@ -248,6 +256,9 @@ def test_refused_agents_and_edges(given: dict[str, Any], loc: str, fragments: li
         (generator("cycle_graph", n=3, create_using="x"), "args.create_using", ["takes no"]),
         (generator("cycle_graph", n=3, backend="x"), "args.backend", ["takes no 'backend' here"]),
         (generator("cycle_graph", n=10**7), "args.n", ["10000000 is too large"]),
+        (generator("lcf_graph", n=3), "generator", ["did you mean 'LCF_graph'?"]),
+        (generator("path_graph", n="abc"), "args.n", ["'abc' given", "write a number"]),
+        (generator("empty_graph", n=100_001), "", ["100001 nodes", "within 100000 agents"]),
         (generator("grid_graph", dim=[3, 10**7]), "args.dim", ["is too large"]),
         (generator("complete_multipartite_graph", subset_sizes=3), "args.subset_sizes", ["a list"]),
         (generator("watts_strogatz_graph", n=3, k=9, p=0.1), "", ["k=9", "fails: k>n"]),
@@ -261,6 +272,11 @@ def test_refused_generators(edges: dict[str, Any], loc: str, fragments: list[str
     error = refused(edges=edges)
     assert ".".join(map(str, error.loc)) == f"topology.edges.{loc}".rstrip(".")
     assert [f for f in fragments if f not in str(error)] == [], str(error)
+
+
+def test_text_where_a_generator_wants_it() -> None:
+    edges = generator("triad_graph", triad_name="300")
+    assert len(topology(edges=edges, directed=True).edges) == 6
 
 
 @pytest.mark.parametrize(
@@ -291,6 +307,45 @@ GRAPHML = '<graphml xmlns="http://graphml.graphdrawing.org/xmlns"><graph edgedef
         ("g.json", '{"nodes": [{"id": "a", "d": "x"}], "edges": []}', ["node a has d = 'x'"]),
         ("g.json", '{"nodes": [{"id": "a", "d": 0}], "edges": []}', ["node a has d = 0"]),
         ("g.json", '{"nodes": [{"id": 1}, {"id": "1"}], "edges": []}', ["both called 1"]),
+        ("g.json", '{"nodes": [{"id": "a", "d": 10001}], "edges": []}', ["d = 10001", "to 10000"]),
+        ("g.json", '{"edges": []}', ['lists of mappings, "nodes"']),
+        ("g.json", '{"nodes": ["a"], "edges": []}', ["lists of mappings"]),
+        ("g.json", '{"nodes": [{"id": "a"}, {}], "edges": []}', ["node 1 needs an id"]),
+        ("g.json", '{"nodes": [{"id": NaN}], "edges": []}', ["node 0 needs an id"]),
+        ("g.json", '{"nodes": [{"id": true}], "edges": []}', ["node 0 needs an id"]),
+        ("g.json", '{"nodes": [{"id": "a"}], "links": [{"source": "a"}]}', ["edge 0 needs a"]),
+        (
+            "g.json",
+            '{"nodes": [{"id": "node"}], "links": [{"source": "node", "target": "mode"}]}',
+            ["g.json has an edge at 'mode', but no such node", "add the node, or", "mean 'node'"],
+        ),
+        (
+            "g.json",
+            '{"nodes": [{"id": 1}], "links": [{"source": 1, "target": "1"}]}',
+            ["g.json has an edge at '1', but no such node"],
+        ),
+        (
+            "g.json",
+            '{"nodes": [{"id": "a"}, {"id": "a"}], "links": []}',
+            ["g.json has 2 nodes with the id 'a'", "an id of its own"],
+        ),
+        (
+            "g.graphml",
+            GRAPHML + '<node id="a"/><edge source="a" target="zzz"/></graph></graphml>',
+            ["g.graphml has an edge at 'zzz', but no such node; add the node, or mend the edge"],
+        ),
+        (
+            "g.graphml",
+            GRAPHML + '<node id="a"/><node id="a"/></graph></graphml>',
+            ["g.graphml has 2 nodes with the id 'a'"],
+        ),
+        ("g.graphml", GRAPHML + "<node/></graph></graphml>", ["node 0 needs an id"]),
+        ("g.graphml", GRAPHML + "</graph><graph/></graphml>", ["it holds 2 graphs, not one"]),
+        (
+            "g.graphml",
+            GRAPHML + '<node id="a"><graph><node id="b"/></graph></node></graph></graphml>',
+            ["it holds 2 graphs, not one"],
+        ),
         ("g.graphml", "<graphml", ["is no .graphml graph"]),
         ("g.graphml", "<!DOCTYPE a>" + GRAPHML, ["document types and entities are not read"]),
     ],
