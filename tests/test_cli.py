@@ -4,8 +4,8 @@ import csv
 import errno
 import io
 import json
-import os
 import math
+import os
 import signal
 import subprocess
 import sys
