@@ -396,7 +396,8 @@ def _start(address: str | None) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise PlacementError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
-            "start one with `ray start --head`, or leave --address out to run on this machine",
+            "start one with `ray start --head`; set RAY_AUTH_MODE=token if it asks for a token; or "
+            "leave --address out to run on this machine",
         ) from None
 
 
