@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -95,6 +96,7 @@ def test_lines_that_are_no_records_end_the_file(tmp_path: Path, damage: bytes) -
 
 def test_tensorboard_events(tmp_path: Path) -> None:
     play(TensorBoard(tmp_path), 0, 3)
+    time.sleep(1.1)  # TensorBoard reads its files in the order of the second they were made in
     play(TensorBoard(tmp_path), 2, 4)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
