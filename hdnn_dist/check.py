@@ -200,7 +200,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         step=tuple(_step(job)),
         busiest=max(traffic, key=lambda link: link.bytes, default=None),
         traffic=traffic,
-        parameters=sum(map(architecture.count, range(M))),
+        parameters=job.parameters,
         dense_parameters=architecture.count_dense(),
         depth=patterns.layers,
         layers_to_cross=patterns.layers_to_cross(),

@@ -50,13 +50,10 @@ def figures(progress: Progress) -> tuple[str, ...]:
 def header(runner: Runner, step: int) -> Iterator[str]:
     """What is about to be trained, and where."""
     job = runner.job
-    plan, agents = job.plan, range(len(job.topology.agents))
-    parameters = sum(map(job.architecture.count, agents))
-    moved = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize)
     yield f"{job.topology.name} learns {job.data.name}: {runner.describe()}"
     yield (
-        f"{job.architecture.patterns.layers} layers, {parameters:,} parameters, "
-        f"{len(plan.training_step)} rounds and {size(sum(moved.values()))} a step between agents"
+        f"{job.architecture.patterns.layers} layers, {job.parameters:,} parameters, "
+        f"{len(job.plan.training_step)} rounds and {size(job.bytes_per_step)} a step between agents"
     )
     if step:
         yield f"continues after step {step} of {job.steps}"
@@ -103,8 +100,7 @@ class LiveView(Listener):
         for line in header(runner, step):
             self.console.print(line, highlight=False, markup=False)
         job = runner.job
-        moved = job.plan.traffic(job.plan.training_step, job.batch, job.dtype.itemsize)
-        self._bytes = sum(moved.values())
+        self._bytes = job.bytes_per_step
         epoch = f"{step // job.steps_per_epoch + 1}/{job.spec.training.epochs}"
         self._task = self._bar.add_task(
             "", total=job.steps, completed=step, epoch=epoch, left="", figures=()

@@ -151,6 +151,17 @@ class Job:
         return self.spec.training.epochs * self.steps_per_epoch
 
     @cached_property
+    def bytes_per_step(self) -> int:
+        """What the plan moves between agents in a training step."""
+        sent = self.plan.traffic(self.plan.training_step, self.batch, self.dtype.itemsize)
+        return sum(sent.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers all agents train."""
+        return sum(map(self.architecture.count, range(len(self.topology.agents))))
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over topology, plan, views and training: equal for actors that can co-operate."""
         parts = (

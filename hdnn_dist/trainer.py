@@ -255,8 +255,6 @@ class Trainer:
         if evaluation is None:  # all steps were taken, but the summary is not there
             evaluation = runner.evaluate()
             best = max(best, evaluation.accuracy)
-        plan, itemsize = job.plan, job.dtype.itemsize
-        moved = plan.traffic(plan.training_step, job.batch, itemsize)
         summary = Summary(
             run=str(self.run),
             test_accuracy=evaluation.accuracy,
@@ -264,8 +262,8 @@ class Trainer:
             epochs=training.epochs,
             steps=step,
             samples_per_second=step * job.batch / max(training_seconds, 1e-9),
-            bytes_per_step=sum(moved.values()),
-            parameters=sum(map(job.architecture.count, range(len(job.topology.agents)))),
+            bytes_per_step=job.bytes_per_step,
+            parameters=job.parameters,
             placement=runner.describe(),
             **totals().model_dump(),
         )
