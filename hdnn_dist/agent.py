@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hdnn_dist.analysis import Sums
 from hdnn_dist.data import (
     Part,
     background,
@@ -20,7 +21,7 @@ from hdnn_dist.data import (
     shifts,
 )
 from hdnn_dist.errors import CheckpointError
-from hdnn_dist.integrator import roughness_gradient
+from hdnn_dist.family import roughness_gradient
 from hdnn_dist.job import Job
 from hdnn_dist.node import AgentNode, Exchange
 from hdnn_dist.optimization import build_optimizer, learning_rate
@@ -79,13 +80,13 @@ class Agent:
         )
         for name, gradient in self.node.gradients.items():
             self.weights[name].grad = gradient
-        self._mask = architecture.layer_mask(i)[:, None, :] if self.node.columns else None
         self.optimizer = build_optimizer(
             job.spec.training.optimizer, [w for w in self.weights.values() if w.requires_grad]
         )
         self._features: dict[Part, Tensor] = {}
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
+        self.gradient_squares = torch.empty(0)  # own ‖∂loss/∂y_j‖², at the last step of an epoch
 
     # --- data: own columns, and at the root the labels -----------------------------------------
 
@@ -131,7 +132,9 @@ class Agent:
         if self.is_root:
             loss, correct, scores_bar = cross_entropy(scores, self.labels("train")[index])
             scores_bar /= len(index)
-        yield from self.node.backward(scores_bar)
+        cotangents = yield from self.node.backward(scores_bar)
+        if (step + 1) % self.job.steps_per_epoch == 0:
+            self.gradient_squares = torch.stack([c.double().square().sum() for c in cotangents])
         self._regularise()
         norm = yield from self._clip()
         lr = self._set_learning_rate(step)
@@ -153,14 +156,66 @@ class Agent:
         scores = yield from self.node.forward(x_BF.to(self.job.dtype).T)
         return scores.T.softmax(1).numpy() if self.is_root else None
 
+    def sensitivities(self, x_BF: Tensor, V: Tensor) -> Exchange[Sums]:
+        """Own part of what the analysis of the run sums (see `hdnn_dist.analysis`).
+
+        Each sample of own features is sent through the layers once for every cotangent.
+
+        Args:
+            x_BF: own features of the samples.
+            V: the cotangents of `y_N`, `(2n, r)`.
+        """
+        node, architecture = self.node, self.job.architecture
+        node.forget()
+        r, layers = V.shape[1], architecture.patterns.layers
+        own = V[architecture.stacked((self.i,), whole=True)].to(self.job.dtype)  # (2d, r)
+        grams, forms, energies = [], [], []
+        for x_F in x_BF.to(self.job.dtype):
+            energy, states = [], []
+            y = node.encode(x_F[:, None].expand(-1, r))
+            for layer in range(layers):
+                states.append(y)
+                y = yield from node.layer(layer, y)
+            gram, form = [], []
+            for M in reversed((yield from node.pull_back(own))):
+                JM = yield from node.interconnect(M)
+                gram.append(M.double().T @ M.double())
+                form.append(M.double().T @ JM.double())
+            if node.activation.integral is not None:
+                for layer, y in enumerate(states):
+                    energy.append((yield from node.energy(layer, y))[0].double())
+            grams.append(torch.stack(gram))
+            forms.append(torch.stack(form))
+            energies.append(torch.stack(energy) if energy else torch.empty(0))
+        patterns = architecture.patterns
+        blocks = dict.fromkeys(architecture.member.matrices, patterns.K.rows[self.i])
+        blocks |= dict.fromkeys(architecture.coupling, patterns.R.rows[self.i])
+        return Sums(
+            torch.stack(grams, 1),
+            torch.stack(forms, 1),
+            torch.stack(energies, 1),
+            {name: self._block_norms(name, row) for name, row in blocks.items()},
+        )
+
+    def _block_norms(self, name: str, row: Sequence[int]) -> Tensor:
+        """`‖W[i, l]‖` in row `i` of an otherwise empty `(N, agents, agents)`."""
+        architecture, weight = self.job.architecture, self.node.weights[name].double()
+        layers, agents = architecture.patterns.layers, len(architecture.names)
+        norms = torch.zeros(layers, agents, agents, dtype=torch.float64)
+        columns = weight.split([architecture.sizes[l] for l in row], -1)
+        for l, block in zip(row, columns, strict=True):
+            norms[:, self.i, l] = torch.linalg.matrix_norm(block, 2)
+        return norms
+
     def _regularise(self) -> None:
         """Add the gradient of `α h/2 Σ_j ‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²`: all of it local."""
         if not (alpha := self.job.spec.training.alpha):
             return
-        for name in ("Kp", "bp", "Kq", "bq"):
-            gradient = alpha * roughness_gradient(self.node.weights[name], self.job.spec.model.h)
-            if self._mask is not None and name.startswith("K"):
-                gradient *= self._mask
+        member, mask = self.job.architecture.member, self.node.mask
+        for name in (*member.matrices, *member.vectors):
+            gradient = alpha * roughness_gradient(self.node.weights[name], member.h)
+            if mask is not None and name in member.matrices:
+                gradient *= mask
             self.node.gradients[name] += gradient
 
     def _clip(self) -> Exchange[float | None]:

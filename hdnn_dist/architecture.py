@@ -1,28 +1,35 @@
 """Which blocks of the network's weights belong to which agent, and their initial values.
 
 Legend of the shapes: `n = Σ d_i` rows of `p` (and of `q`), `L` layers, `F` features, `C` classes,
-`D_i = Σ_{l: K[i,l]≠0} d_l` what agent `i` reads. The dense weights and the agent's part of each::
+`D_i = Σ_{l: K[i,l]≠0} d_l` what agent `i` reads. The dense weights and the agent's part of each,
+for H2 (others have other `K` and `b`, of `d_i` or of `2d_i` rows: see `hdnn_dist.family`)::
 
     encoder.weight  (2n, F)     rows of p^i and q^i, columns of the features i sees    (2d_i, F_i)
     encoder.bias    (2n,)       rows of p^i and q^i                                    (2d_i,)
     Kp, Kq          (L, n, n)   block row i, columns of the agents it reads            (L, d_i, D_i)
     bp, bq          (L, n)      rows of i                                              (L, d_i)
     X               (n, n)      block row i, columns of the agents in R's row          (d_i, D_i')
+    J (H1)          (2n, 2n)    rows of p^i and q^i, or (L, 2n, 2n)                    (2d_i, 2D_i')
     readout.weight  (C, 2n)     columns of p^i and q^i; readers only                   (C, 2d_i)
     readout.bias    (C,)        the root alone                                         (C,)
+
+Where a matrix acts on the whole state `y = [p; q]`, the order in an agent's part is
+`[p^i; q^i]`, agent after agent.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hdnn_dist.family import Member
 from hdnn_dist.sparsity import Patterns, offsets
 from hdnn_dist.topology import Tree
 
@@ -31,7 +38,7 @@ Index = tuple[Tensor | slice, ...]
 
 @dataclass(frozen=True)
 class Architecture:
-    """An H2-DNN on a graph, without its weights: all that its dense and distributed forms share.
+    """An H-DNN on a graph, without its weights: all that its dense and distributed forms share.
 
     Attributes:
         names: the agents.
@@ -40,12 +47,12 @@ class Architecture:
         features, classes: sizes of the whole input and of the output.
         readers: the agents with a term `W^i [p^i; q^i]` in the scores.
         tree: the tree that the terms are summed up; its root holds the labels.
-        h: step of the discretisation.
-        activation: name of `σ` in `hdnn_dist.hamiltonian.ACTIVATIONS`.
+        member: of the family, with its step `h` and its `σ`.
         encoder: "linear" for `[p; q] = E x + e`, "pad" for features copied into a state.
         enter: per agent, the state ("p" or "q") that "pad" writes to.
         train_X: whether `X` is trained.
         seed: of the initial weights.
+        J: H1's skew-symmetric matrix, `(2n, 2n)` or `(L, 2n, 2n)`; None for the other members.
     """
 
     names: tuple[str, ...]
@@ -55,12 +62,17 @@ class Architecture:
     classes: int
     readers: tuple[int, ...]
     tree: Tree
-    h: float
-    activation: str
+    member: Member
     encoder: Literal["linear", "pad"]
     enter: tuple[Literal["p", "q"], ...]
     train_X: bool
     seed: int
+    J: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def h(self) -> float:
+        """Step of the discretisation."""
+        return self.member.h
 
     @property
     def n(self) -> int:
@@ -73,60 +85,89 @@ class Architecture:
         return offsets(self.patterns.sizes)
 
     @cached_property
-    def has_X(self) -> bool:
-        """Whether `X` is anything but the identity; if not, it is neither stored nor applied."""
-        return self.train_X or not self.patterns.R.is_local
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each agent's state that a layer's matrix acts on: `d_i`, or `2 d_i`."""
+        return tuple((2 if self.member.whole else 1) * d for d in self.patterns.sizes)
+
+    @cached_property
+    def coupling(self) -> tuple[str, ...]:
+        """The matrix that couples states, if it is stored: "J" for H1, "X" where it is not `I`."""
+        if self.J is not None:
+            return ("J",)
+        has_X = self.member.name == "H2" and (self.train_X or not self.patterns.R.is_local)
+        return ("X",) if has_X else ()
 
     @property
     def constants(self) -> frozenset[str]:
         """Names of the weights that are not trained."""
         constant = {"encoder.weight", "encoder.bias"} if self.encoder == "pad" else set()
-        return frozenset(constant if self.train_X else constant | {"X"})
+        return frozenset(constant | {"J"} | (set() if self.train_X else {"X"}))
 
-    def stacked(self, agents: tuple[int, ...]) -> Tensor:
-        """Positions in `p` of the states of `agents`, one after the other."""
-        return torch.cat([torch.arange(self.n)[self.rows[l]] for l in agents])
+    def stacked(self, agents: tuple[int, ...], whole: bool = False) -> Tensor:
+        """Positions in `p` of the states of `agents`, one after the other; if whole, in `y`."""
+        rows = [torch.arange(self.n)[self.rows[l]] for l in agents]
+        return torch.cat([torch.cat([r, self.n + r]) if whole else r for r in rows])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the dense weights."""
-        n, L, C = self.n, self.patterns.layers, self.classes
+        n, L, C, N = self.n, self.patterns.layers, self.classes, sum(self.sizes)
         shapes: dict[str, tuple[int, ...]] = {
             "encoder.weight": (2 * n, self.features),
             "encoder.bias": (2 * n,),
-            **{"Kp": (L, n, n), "bp": (L, n), "Kq": (L, n, n), "bq": (L, n)},
+            **dict.fromkeys(self.member.matrices, (L, N, N)),
+            **dict.fromkeys(self.member.vectors, (L, N)),
             "readout.weight": (C, 2 * n),
             "readout.bias": (C,),
         }
-        return shapes | ({"X": (n, n)} if self.has_X else {})
+        if self.J is not None:
+            shapes["J"] = tuple(self.J.shape)
+        return shapes | ({"X": (n, n)} if "X" in self.coupling else {})
 
     def blocks(self, i: int) -> dict[str, Index]:
         """Agent `i`'s part of each dense weight, as an index into it."""
-        rows = torch.arange(self.n)[self.rows[i]]
-        both = torch.cat([rows, self.n + rows])
+        whole = self.member.whole
+        both, rows = self.stacked((i,), whole=True), self.stacked((i,), whole)
         everything = slice(None)
-        reads = self.stacked(self.patterns.K.rows[i])
+        reads = self.stacked(self.patterns.K.rows[i], whole)
         blocks: dict[str, Index] = {
             "encoder.weight": (both[:, None], torch.tensor(self.columns[i], dtype=torch.long)),
             "encoder.bias": (both,),
+            **dict.fromkeys(self.member.matrices, (everything, rows[:, None], reads)),
+            **dict.fromkeys(self.member.vectors, (everything, rows)),
         }
-        for state in "pq":
-            blocks["K" + state] = (everything, rows[:, None], reads)
-            blocks["b" + state] = (everything, rows)
-        if self.has_X:
-            blocks["X"] = (rows[:, None], self.stacked(self.patterns.R.rows[i]))
+        if self.coupling:
+            couples = (rows[:, None], self.stacked(self.patterns.R.rows[i], whole))
+            per_layer = self.J is not None and self.J.dim() == 3
+            blocks[self.coupling[0]] = (everything, *couples) if per_layer else couples
         if i in self.readers:
             blocks["readout.weight"] = (everything, both)
         if i == self.tree.root:
             blocks["readout.bias"] = (everything,)
         return blocks
 
-    def layer_mask(self, i: int) -> Tensor:
-        """`(L, D_i)`: where layer `j`'s block row of `K` may be non-zero, within the union's."""
-        sizes = torch.tensor([self.patterns.sizes[l] for l in self.patterns.K.rows[i]])
-        allowed = [
-            torch.tensor([l in T.rows[i] for l in self.patterns.K.rows[i]]) for T in self.patterns.T
-        ]
-        return torch.stack(allowed).repeat_interleave(sizes, dim=1)
+    def mask(self, i: int) -> Tensor:
+        """`(L, rows, columns)` or `(L, 1, columns)`: where `i`'s part of `K` may be non-zero.
+
+        Columns are those of the union of the layers' graphs, of which a layer may use fewer. Of an
+        upper triangular matrix, so is the agent's own block.
+        """
+        row = self.patterns.K.rows[i]
+        sizes = torch.tensor([self.sizes[l] for l in row])
+        allowed = [torch.tensor([l in T.rows[i] for l in row]) for T in self.patterns.T]
+        mask = torch.stack(allowed).repeat_interleave(sizes, dim=1)[:, None, :]
+        if not self.member.upper:
+            return mask
+        r = self.sizes[i]  # the own block comes first: no agent before i is in an upper row
+        own = torch.ones(r, mask.shape[2], dtype=torch.bool)
+        own[:, :r] = own[:, :r].triu(1)
+        return mask & own
+
+    def _inputs(self, i: int) -> Tensor:
+        """`(L, rows)`: how many entries of `y` each row of the layer's `K` (of `A - Aᵀ`) uses."""
+        if not self.member.upper:
+            return self.mask(i).sum(2).expand(-1, self.sizes[i])
+        reads = [sum(self.sizes[l] for l in (T | T.T).rows[i]) - 1 for T in self.patterns.T]
+        return torch.tensor(reads)[:, None].expand(-1, self.sizes[i])
 
     def initial(self, i: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Agent `i`'s initial weights; they depend on the seed and its name, not on packing.
@@ -145,19 +186,22 @@ class Architecture:
 
         d, seen = self.patterns.sizes[i], len(self.columns[i])
         L, C = self.patterns.layers, self.classes
-        mask = self.layer_mask(i)
+        mask, N_i = self.mask(i), self.sizes[i]
         if self.encoder == "linear":
             encoder = gaussian(2 * d, seen, inputs=seen)
         else:
             encoder = torch.zeros(2 * d, seen, dtype=dtype)
             encoder[torch.arange(seen) + (d if self.enter[i] == "q" else 0), range(seen)] = 1
         weights = {"encoder.weight": encoder, "encoder.bias": torch.zeros(2 * d, dtype=dtype)}
-        scale = mask.sum(1).clamp(min=1).double().rsqrt()[:, None, None] * mask[:, None, :]
-        for state in "pq":
-            K = gaussian(L, d, mask.shape[1], inputs=1, dtype=torch.float64)
-            weights["K" + state] = (K * scale).to(dtype)
-            weights["b" + state] = torch.zeros(L, d, dtype=dtype)
-        if self.has_X:
+        scale = self._inputs(i).clamp(min=1).double().rsqrt()[:, :, None] * mask
+        for K, b in zip_longest(self.member.matrices, self.member.vectors):
+            if K is not None:
+                draw = gaussian(L, N_i, mask.shape[2], inputs=1, dtype=torch.float64)
+                weights[K] = (draw * scale).to(dtype)
+            weights[b] = torch.zeros(L, N_i, dtype=dtype)
+        if self.J is not None:
+            weights["J"] = self.J[self.blocks(i)["J"]].to(dtype)
+        if "X" in self.coupling:
             row = self.patterns.R.rows[i]
             weights["X"] = torch.cat(
                 [
@@ -174,7 +218,7 @@ class Architecture:
 
     def assemble(self, parts: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The dense weights from every agent's: zeros where no agent owns an entry."""
-        dtype = parts[0]["bp"].dtype
+        dtype = parts[0]["encoder.bias"].dtype
         dense = {name: torch.zeros(shape, dtype=dtype) for name, shape in self.shapes().items()}
         for i, part in parts.items():
             for name, index in self.blocks(i).items():
@@ -187,9 +231,10 @@ class Architecture:
 
     def count(self, i: int) -> int:
         """How many numbers agent `i` trains."""
-        d, C = self.patterns.sizes[i], self.classes
-        reads = [sum(self.patterns.sizes[l] for l in T.rows[i]) for T in self.patterns.T]
-        total = 2 * sum(d * (D + 1) for D in reads)
+        d, C, rows = self.patterns.sizes[i], self.classes, self.sizes[i]
+        entries = int(self.mask(i).expand(-1, rows, -1).sum())
+        total = len(self.member.matrices) * entries
+        total += len(self.member.vectors) * self.patterns.layers * rows
         if self.encoder == "linear":
             total += 2 * d * (len(self.columns[i]) + 1)
         if self.train_X:
@@ -198,8 +243,10 @@ class Architecture:
 
     def count_dense(self) -> int:
         """How many numbers the same model trains on the complete graph."""
-        n, C = self.n, self.classes
-        total = 2 * self.patterns.layers * n * (n + 1) + 2 * n * C + C
+        n, C, N, L = self.n, self.classes, sum(self.sizes), self.patterns.layers
+        entries = N * (N - 1) // 2 if self.member.upper else N * N
+        total = L * (len(self.member.matrices) * entries + len(self.member.vectors) * N)
+        total += 2 * n * C + C
         if self.encoder == "linear":
             total += 2 * n * (self.features + 1)
         return total + (n * n if self.train_X else 0)

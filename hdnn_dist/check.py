@@ -22,7 +22,7 @@ from hdnn_dist.console import size
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Node, assign, demands, hosts, pack
-from hdnn_dist.sparsity import BlockPattern, union
+from hdnn_dist.sparsity import BlockPattern
 
 DRAWN = 32  # agents up to which patterns are drawn
 LISTED = 32  # agents, links or actors up to which all are listed
@@ -168,8 +168,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         for (source, target), amount in sorted(sent.items())
     )
     crossing = [n for (source, target), n in sent.items() if host[source] != host[target]]
-    missing = union(X @ T.T @ T for T in set(patterns.T) for X in (patterns.R, patterns.R.T))
-    missing -= patterns.S
+    missing = patterns.composed - patterns.S
     report = Report(
         topology=topology.name,
         data=job.data.name,
@@ -233,8 +232,9 @@ def _patterns(job: Job) -> Iterator[PatternReport]:
     for T, layers in _layers_by_graph(job).items():
         where = "" if len(layers) == patterns.layers else f" in layers {_few(map(str, layers))}"
         yield row(f"T{where}", T)
-        yield row(f"TᵀT{where}", T.T @ T)
-        yield row(f"RᵀTᵀT{where}", R.T @ T.T @ T)
+        if any(update.pull for update in patterns.updates):
+            yield row(f"TᵀT{where}", T.T @ T)
+            yield row(f"RᵀTᵀT{where}", R.T @ T.T @ T)
     yield row("R", R)
 
 
@@ -248,7 +248,7 @@ def _layers_by_graph(job: Job) -> dict[BlockPattern, list[int]]:
 def _layers(job: Job) -> Iterator[Phase]:
     for layers in _layers_by_graph(job).values():
         j, plan = layers[0], job.plan
-        rounds = (*plan.half_step(j, "p"), *plan.half_step(j, "q"))
+        rounds = [phase for update in plan.updates for phase in plan.half_step(j, update)]
         yield _phase(job, f"layer{'s' * (len(layers) > 1)} {_few(map(str, layers))}", rounds)
 
 

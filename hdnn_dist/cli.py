@@ -315,6 +315,86 @@ def check(
         Console().print(render(report))
 
 
+class Beside(StrEnum):
+    """What a run is compared with."""
+
+    trained = "trained"
+    initial = "initial"
+    none = "none"
+
+
+@app.command()
+def analyze(
+    run: RunArgument,
+    samples: Annotated[int, typer.Option(min=1, help="Of the test set, from its first.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write here; default: RUN/analysis.")
+    ] = None,
+    baselines: Annotated[
+        Beside, typer.Option(help="An MLP and a ResNet of equal size beside it.")
+    ] = Beside.trained,
+    data_dir: DataDir = None,
+    overrides: Set = None,
+    address: Address = None,
+    local: Local = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure sensitivities, symplecticity, bounds and energy of a run's latest checkpoint."""
+    _refuse_both(address, local)
+    _refuse_file(out)
+    from hdnn_dist.checkpoint import to_json
+    from hdnn_dist.report import analyze, render
+
+    changes = _overrides(overrides, data_dir)
+    _tidy_up_from_here()
+    report = analyze(
+        run,
+        samples=samples,
+        baselines=baselines.value,
+        overrides=changes,
+        local=local,
+        address=address,
+        out=out,
+    )
+    if as_json:
+        print(to_json(report))
+    else:
+        Console().print(render(report))
+        print(f"defect: J is {report['J']}; bound: {report['bound']}")
+        print("\n".join(report["figures"]))
+
+
+@app.command()
+def counterexample(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Write the figure here.")] = Path(
+        "counterexample"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Exploding gradients: the sensitivity of ẏ = ε J tanh(y) grows with time."""
+    _refuse_file(out)
+    from hdnn_dist.analysis import counterexample
+    from hdnn_dist.checkpoint import to_json, write_json
+    from hdnn_dist.plots import save_counterexample
+
+    found = counterexample()
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "counterexample.json", asdict(found))
+    figure = save_counterexample(found, out / "counterexample.png")
+    if as_json:
+        print(to_json(asdict(found)))
+        return
+    for k in range(0, len(found.t) + 1, len(found.t) // 4):
+        t, norm = (0.0, 1.0) if k == 0 else (found.t[k - 1], found.norms[k - 1])
+        print(f"t = {t:5.2f}   ‖∂y(T)/∂y(T-t)‖ = {norm:.4f}")
+    print(figure)
+
+
+def _refuse_file(out: Path | None) -> None:
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file", "name a folder")
+
+
 @app.command()
 def schema() -> None:
     """The JSON Schema of a spec, for editors."""

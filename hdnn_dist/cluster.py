@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import operator
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
 
 from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part, ensure_available
 from hdnn_dist.errors import (
@@ -124,6 +128,12 @@ class AgentActor:
 
     def predict(self, source: str) -> np.ndarray | None:  # noqa: D102
         return self.worker.predict(source)
+
+    def gradient_squares(self) -> Tensor:  # noqa: D102
+        return self.worker.gradient_squares()
+
+    def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
+        return self.worker.sensitivities(samples, V)
 
     def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
         return self.worker.save(folder)
@@ -261,6 +271,14 @@ class RayRunner:
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return sum(self._all("sent"), Counter())
+
+    def gradient_squares(self) -> Tensor:  # noqa: D102
+        squares: Tensor = reduce(operator.add, self._all("gradient_squares"))
+        return squares
+
+    def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
+        sums: Sums = reduce(operator.add, self._all("sensitivities", samples, V))
+        return sums
 
     def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
         return {

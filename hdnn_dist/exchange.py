@@ -7,7 +7,7 @@ edge `l → i`::
 
     states   l → i   q^l                    agent i forms Σ_l Kq[i, l] q^l
     pull     i → l   Kq[i, l]ᵀ s^i          agent l sums;      pull   = states.adjoint
-    mix      l → i   z^l                    agent i forms Σ_l X[i, l] z^l
+    mix      l → i   z^l                    agent i forms Σ_l X[i, l] z^l, or with J for X
     mix*     i → l   X[i, l]ᵀ z^i           agent l sums;      mix*   = mix.adjoint
     collect  child → parent                 a parent sums the scores of its subtree
     spread   parent → child                 the cotangent of the scores; spread = collect.adjoint
@@ -21,15 +21,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.errors import SpecError
+from hdnn_dist.family import Update
 from hdnn_dist.sparsity import BlockPattern
 from hdnn_dist.topology import Tree
-
-State = Literal["p", "q"]
-STATES: tuple[State, ...] = ("p", "q")  # in the order in which a layer updates them
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Round:
 
     @classmethod
     def along(cls, name: str, pattern: BlockPattern, sizes: Sequence[int]) -> Round:
-        """Everybody gets the states that its row of the pattern names: `l → i`, `d_l` rows."""
+        """Everybody gets the states that its row of the pattern names: `l → i`, `sizes[l]` rows."""
         messages = (Message(l, i, sizes[l]) for i, l in pattern.entries if i != l)
         return cls(name, tuple(sorted(messages, key=lambda m: (m.source, m.target))))
 
@@ -107,12 +104,14 @@ class Plan:
     """All rounds of a training step, computed once.
 
     Attributes:
+        updates: the half steps of a layer.
         states: per layer, the round that brings the states of `T[j]`; its adjoint pulls back.
         mix: the round along `R`.
         collect: the rounds up the readout tree, the deepest level first.
         norm: the rounds that sum one number over all agents, likewise; empty without clipping.
     """
 
+    updates: tuple[Update, ...]
     states: tuple[Round, ...]
     mix: Round
     collect: tuple[Round, ...]
@@ -129,9 +128,10 @@ class Plan:
         Raises:
             SpecError: a message would use a link that the topology does not have.
         """
-        patterns, sizes = architecture.patterns, architecture.patterns.sizes
+        patterns, sizes = architecture.patterns, architecture.sizes
         along_T = {T: Round.along("states", T, sizes) for T in dict.fromkeys(patterns.T)}
         plan = cls(
+            updates=architecture.member.updates,
             states=tuple(along_T[T] for T in patterns.T),
             mix=Round.along("mix", patterns.R, sizes),
             collect=_up(architecture.tree, "collect", architecture.classes, per_sample=True),
@@ -149,21 +149,19 @@ class Plan:
                     )
         return plan
 
-    def half_step(self, layer: int, state: State) -> tuple[Round, ...]:
-        """The rounds that update one state (forward): states, pull, and along `R`."""
-        states = self.states[layer]
-        along_R = self.mix if state == "q" else self.mix.adjoint
-        return _run(states, states.adjoint, along_R)
-
-    def half_step_adjoint(self, layer: int, state: State) -> tuple[Round, ...]:
-        """The adjoints of the rounds of `half_step`, in reverse."""
-        return tuple(phase.adjoint for phase in reversed(self.half_step(layer, state)))
+    def half_step(self, layer: int, update: Update) -> tuple[Round, ...]:
+        """The rounds of an update (forward): the argument of `σ`, pull, coupling."""
+        states, mix = self.states[layer], self.mix
+        argument = {"K": (states,), "-KT": (states.adjoint,), "K-KT": (states, states.adjoint)}
+        pull = (states.adjoint,) if update.pull else ()
+        coupling = {"": (), "J": (mix,), "X": (mix,), "XT": (mix.adjoint,)}
+        return _run(*argument[update.argument], *pull, *coupling[update.coupling])
 
     @cached_property
     def forward(self) -> tuple[Round, ...]:
         """The rounds from the inputs to the scores at the root."""
         layers = range(len(self.states))
-        body = (r for j in layers for state in STATES for r in self.half_step(j, state))
+        body = (r for j in layers for update in self.updates for r in self.half_step(j, update))
         return (*body, *_run(*self.collect))
 
     @cached_property

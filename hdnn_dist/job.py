@@ -17,8 +17,10 @@ from hdnn_dist.architecture import Architecture
 from hdnn_dist.data import DataInfo, View, describe, split_features
 from hdnn_dist.errors import SpecError, UserError
 from hdnn_dist.exchange import Plan
+from hdnn_dist.family import FAMILY
+from hdnn_dist.hamiltonian import Activation, activation_of
 from hdnn_dist.reader import Source, read_spec, spec_from_dict
-from hdnn_dist.sparsity import patterns_of
+from hdnn_dist.sparsity import interconnection, patterns_of
 from hdnn_dist.spec import IndexSplit, Spec
 from hdnn_dist.topology import Topology, Tree, resolve
 
@@ -97,21 +99,22 @@ class Job:
         views = split_features(spec.data, data, topology.names)
         readers, tree = _readout(spec, topology)
         _check_views(spec, topology, views)
+        J = interconnection(topology, spec)
         enters = spec.data.split.enter if isinstance(spec.data.split, IndexSplit) else {}
         architecture = Architecture(
             names=topology.names,
-            patterns=patterns_of(topology, spec),
+            patterns=patterns_of(topology, spec, J),
             columns=tuple(view.columns for view in views),
             features=data.features,
             classes=data.classes,
             readers=readers,
             tree=tree,
-            h=spec.model.h,
-            activation=spec.model.activation,
+            member=FAMILY[spec.model.name](spec.model.h, _activation(spec)),
             encoder=spec.model.encoder,
             enter=tuple(enters.get(name, "p") for name in topology.names),
             train_X=spec.model.train_J,
             seed=spec.training.seed,
+            J=J,
         )
         norm_tree = None
         if spec.training.clip_norm is not None:
@@ -228,8 +231,21 @@ def _readout(spec: Spec, topology: Topology) -> tuple[tuple[int, ...], Tree]:
     return readers, topology.spanning_tree(root, readers)
 
 
+def _activation(spec: Spec) -> Activation:
+    try:
+        return activation_of(spec.model.activation)
+    except UserError as error:
+        raise SpecError(("model", "activation"), error.problem, error.mend) from None
+
+
 def _check_views(spec: Spec, topology: Topology, views: Sequence[View]) -> None:
-    """What the data asks of the model."""
+    """What the data asks of the model, and one part of the model of another."""
+    if spec.model.train_J and spec.model.name != "H2":
+        raise SpecError(
+            ("model", "train_J"),
+            f"train_J trains the X of H2, which {spec.model.name} does not have",
+            "leave train_J out, or set model.name to H2",
+        )
     split = spec.data.split
     if isinstance(split, IndexSplit) and split.enter and spec.model.encoder != "pad":
         raise SpecError(

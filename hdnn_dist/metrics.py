@@ -22,7 +22,10 @@ class JsonLines(Listener):
 
         {"kind": "train", "step": 1, "epoch": 1, "loss": 2.3, "accuracy": 0.1, "lr": 0.01,
          "grad_norm": null, "samples_per_second": 5000.0}
+        {"kind": "gradients", "step": 22, "epoch": 1, "norms": [0.02, 0.02, 0.03]}
         {"kind": "eval", "step": 22, "epoch": 1, "loss": 0.4, "accuracy": 0.9, "samples": 360}
+
+    `norms` are `‖∂loss/∂y_j‖` of the states `y_0 … y_N` in an epoch's last step, over its batch.
 
     A loss that is no number is null, as JSON has none of those.
 
@@ -37,7 +40,7 @@ class JsonLines(Listener):
     def started(self, runner: Runner, step: int) -> None:
         """See `Listener`; so too below."""
         self._steps_per_epoch = runner.job.steps_per_epoch
-        kept = [line for line, record in self._lines() if record["step"] <= step]
+        kept = [line for line, record in _lines(self.path) if record["step"] <= step]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -55,6 +58,10 @@ class JsonLines(Listener):
             )
         self._flush()
 
+    def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:  # noqa: D102
+        self._write(kind="gradients", step=step, epoch=epoch, norms=list(norms))
+        self._flush()
+
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
         self._write(
             kind="eval",
@@ -70,18 +77,6 @@ class JsonLines(Listener):
         if self._file is not None:
             self._file.close()
 
-    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Each line with its record, up to one that is torn by a crash or otherwise none."""
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    return
-                if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-                    return
-                yield line, record
-
     def _write(self, **record: Any) -> None:
         assert self._file is not None, "started() comes first"
         self._file.write(to_json(record) + "\n")
@@ -89,6 +84,24 @@ class JsonLines(Listener):
     def _flush(self) -> None:
         assert self._file is not None
         self._file.flush()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`; none if it has no such file."""
+    return [record for _, record in _lines(run / "metrics.jsonl")]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line with its record, up to one that is torn by a crash or otherwise none."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                return
+            if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+                return
+            yield line, record
 
 
 class TensorBoard(Listener):

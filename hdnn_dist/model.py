@@ -1,4 +1,4 @@
-"""The H2-DNN in one process: an ordinary `nn.Module`, and the oracle for everything distributed."""
+"""The family in one process: ordinary `nn.Module`s, and the oracle for everything distributed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,100 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hdnn_dist.architecture import Architecture
-from hdnn_dist.hamiltonian import ACTIVATIONS, energy, skew
-from hdnn_dist.integrator import SemiImplicitEuler, roughness
+from hdnn_dist.errors import UserError
+from hdnn_dist.family import FAMILY, roughness
+from hdnn_dist.hamiltonian import J1, J2, Activation, activation_of
+
+
+class Layers(nn.Module):
+    """`N` layers of a member of the family: `y -> y_N`, of the shape of `y`.
+
+    Vectors `(B, features)`, or images `(B, features, …)` on whose every pixel the layers act alike.
+    Weights are stacked over the layers: `K (layers, …)`, Gaussian with variance 1/inputs, `b` zero.
+
+    Args:
+        member: "H1", "H2", "MS1", "MS2" or "MS3" (see `hdnn_dist.family`).
+        features: `N`, the size of `y = [p, q]`; even but for H1 with a `J` of its own and for MS2.
+        layers: depth.
+        h: step of the discretisation.
+        activation: name of `σ`, or an `Activation`.
+        J: for H1: "J1", "J2", a skew-symmetric matrix `(N, N)`, or one a layer `(layers, N, N)`.
+        X: for H2: any matrix `(N/2, N/2)`; default: the identity.
+        train_X: whether `X` is trained.
+
+    Raises:
+        UserError: an unknown name, an odd size, or a `J` or `X` that the member does not take.
+    """
+
+    def __init__(
+        self,
+        member: str,
+        features: int,
+        layers: int,
+        h: float = 0.1,
+        activation: str | Activation = "tanh",
+        J: str | Tensor | None = None,
+        X: Tensor | None = None,
+        train_X: bool = False,
+    ) -> None:
+        super().__init__()
+        if member not in FAMILY:
+            raise UserError(f"no member {member!r} in the family", f"use one of {[*FAMILY]}")
+        σ = activation_of(activation) if isinstance(activation, str) else activation
+        self.member = FAMILY[member](h, σ)
+        self.features, self.layers = features, layers
+        needs_halves = member in ("H2", "MS1", "MS3") or (member == "H1" and J in (None, "J1"))
+        if features % 2 and needs_halves:
+            raise UserError(f"{member} splits y into p and q, but features = {features}", "add one")
+        size = features if self.member.whole else features // 2
+        for name in self.member.matrices:
+            K = torch.randn(layers, size, size) / size**0.5
+            self.register_parameter(name, nn.Parameter(K.triu(1) if self.member.upper else K))
+        for name in self.member.vectors:
+            length = features if self.member.whole else features // 2
+            self.register_parameter(name, nn.Parameter(torch.zeros(layers, length)))
+        if J is not None:
+            if member != "H1":
+                raise UserError(f"J given, but that of {member} is fixed", "leave J out, or use H1")
+            self.register_buffer("J", _skew_symmetric(J, features, layers))
+        if X is not None or train_X:
+            if member != "H2":
+                raise UserError(f"X given, but {member} has none", "leave X out, or use H2")
+            X = torch.eye(size) if X is None else X
+            if X.shape != (size, size):
+                raise UserError(f"X is {tuple(X.shape)}", f"give it as ({size}, {size})")
+            if train_X:
+                self.register_parameter("X", nn.Parameter(X.clone()))
+            else:
+                self.register_buffer("X", X.clone())
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """Each layer's weights by name, as `Member.step` takes them."""
+        named = dict(self.named_parameters()) | dict(self.named_buffers())
+        return _layered(named, self.layers, self.member.upper)
+
+    def propagate(self, y: Tensor) -> list[Tensor]:
+        """The states `y_0 … y_N`, features last: each `(B, …, features)`."""
+        states = [y]
+        for w in self.weights():
+            states.append(self.member.step(states[-1], w))
+        return states
+
+    def forward(self, y: Tensor) -> Tensor:
+        """`y_N` of `y_0`, `(B, features)` or `(B, features, …)`."""
+        y = y.movedim(1, -1)
+        for w in self.weights():
+            y = self.member.step(y, w)
+        return y.movedim(-1, 1)
+
+    def regulariser(self) -> Tensor:
+        """`h/2 Σ_j (‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²)`, to be weighted by α."""
+        names = (*self.member.matrices, *self.member.vectors)
+        return torch.stack([roughness(getattr(self, n), self.member.h) for n in names]).sum()
 
 
 class HDNN(nn.Module):
-    """`x -> [p; q] = E x + e -> N semi-implicit Euler steps -> W [p; q] + c`, weights dense.
+    """`x -> y = E x + e -> N layers of the family -> W y + c` on a graph, with dense weights.
 
     Entries that no agent owns are zero and stay so: each weight is multiplied by its mask. Names
     and shapes of the weights are those of `hdnn_dist.architecture`.
@@ -25,12 +113,10 @@ class HDNN(nn.Module):
         dtype: of the weights.
     """
 
-    bp: Tensor
-
     def __init__(self, architecture: Architecture, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.architecture = architecture
-        self.scheme = SemiImplicitEuler(architecture.h, ACTIVATIONS[architecture.activation])
+        self.member = architecture.member
         agents = range(len(architecture.names))
         weights = architecture.assemble({i: architecture.initial(i, dtype) for i in agents})
         masks = architecture.assemble({i: _ownership(architecture, i) for i in agents})
@@ -48,16 +134,11 @@ class HDNN(nn.Module):
         """A masked dense weight by its name, e.g. `"Kp"` or `"readout.weight"`."""
         return cast(Tensor, attrgetter(name)(self) * attrgetter(name + "_mask")(self))
 
-    def coupling(self) -> Tensor:
-        """`X (n, n)`; the identity unless the graph or training enters it."""
-        if self.architecture.has_X:
-            return self.weight("X")
-        return torch.eye(self.architecture.n, dtype=self.bp.dtype, device=self.bp.device)
-
-    @property
-    def J(self) -> Tensor:
-        """`J = [[0, -Xᵀ], [X, 0]]`, shape `(2n, 2n)`."""
-        return skew(self.coupling())
+    def weights(self) -> list[dict[str, Tensor]]:
+        """Each layer's masked weights by name, as `Member.step` takes them."""
+        names = (*self.member.matrices, *self.member.vectors, *self.architecture.coupling)
+        named = {name: self.weight(name) for name in names}
+        return _layered(named, self.architecture.patterns.layers)
 
     def encode(self, x: Tensor) -> Tensor:
         """Input `(B, F)` to the first state `y = [p; q]`, `(B, 2n)`."""
@@ -65,12 +146,9 @@ class HDNN(nn.Module):
 
     def propagate(self, y: Tensor) -> list[Tensor]:
         """The states `y_0 … y_N`, each `(B, 2n)`."""
-        Kp, bp, Kq, bq = (self.weight(name) for name in ("Kp", "bp", "Kq", "bq"))
-        X, states = self.coupling(), [y]
-        p, q = y.chunk(2, dim=-1)
-        for j in range(self.architecture.patterns.layers):
-            p, q = self.scheme.step(p, q, Kp[j], bp[j], Kq[j], bq[j], X)
-            states.append(torch.cat([p, q], dim=-1))
+        states = [y]
+        for w in self.weights():
+            states.append(self.member.step(states[-1], w))
         return states
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,22 +156,43 @@ class HDNN(nn.Module):
         y = self.propagate(self.encode(x))[-1]
         return F.linear(y, self.weight("readout.weight"), self.weight("readout.bias"))
 
-    def energy(self, y: Tensor, layer: int) -> Tensor:
-        """`H(y) = Σ σ̃(Kp p + bp) + Σ σ̃(Kq q + bq)` with the weights of a layer, shape `(B,)`."""
-        p, q = y.chunk(2, dim=-1)
-        σ = self.scheme.activation
-        Kp, bp, Kq, bq = (self.weight(name)[layer] for name in ("Kp", "bp", "Kq", "bq"))
-        return energy(p, Kp, bp, σ) + energy(q, Kq, bq, σ)
-
     def regulariser(self) -> Tensor:
         """`h/2 Σ_j (‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²)`, to be weighted by α."""
-        path = [self.weight(name) for name in ("Kp", "bp", "Kq", "bq")]
+        path = [self.weight(name) for name in (*self.member.matrices, *self.member.vectors)]
         return torch.stack([roughness(w, self.architecture.h) for w in path]).sum()
 
 
+def _layered(named: dict[str, Tensor], layers: int, upper: bool = False) -> list[dict[str, Tensor]]:
+    """Stacked weights layer by layer; `X`, and a `J` that is the same everywhere, in each."""
+    per_layer = {
+        name: [w] * layers
+        if name == "X" or (name == "J" and w.dim() == 2)
+        else list((w.triu(1) if upper and name == "K" else w).unbind())
+        for name, w in named.items()
+    }
+    return [{name: ws[j] for name, ws in per_layer.items()} for j in range(layers)]
+
+
+def _skew_symmetric(J: str | Tensor, features: int, layers: int) -> Tensor:
+    """A named `J`, or a given one that has been looked at."""
+    if isinstance(J, str):
+        named = {"J1": J1, "J2": J2}
+        if J not in named:
+            raise UserError(f"no J is named {J!r}", "use J1, J2 or a skew-symmetric matrix")
+        return named[J](torch.empty(features))
+    if J.shape not in ((features, features), (layers, features, features)):
+        raise UserError(
+            f"J is {tuple(J.shape)}",
+            f"give it as ({features}, {features}), or ({layers}, {features}, {features})",
+        )
+    if not torch.equal(J, -J.mT):
+        raise UserError("J is not skew-symmetric", "give a J with Jᵀ = -J")
+    return J.clone()
+
+
 def _ownership(architecture: Architecture, i: int) -> dict[str, Tensor]:
-    """Ones in the shape of each of agent `i`'s weights, zeros where a layer's graph has no edge."""
+    """Ones in the shape of each of agent `i`'s weights, zeros where a layer may have no entry."""
     ones = {name: torch.ones_like(value) for name, value in architecture.initial(i).items()}
-    for name in ("Kp", "Kq"):
-        ones[name] = ones[name] * architecture.layer_mask(i)[:, None, :]
+    for name in architecture.member.matrices:
+        ones[name] = architecture.mask(i).expand_as(ones[name]).to(ones[name].dtype)
     return ones

@@ -4,8 +4,9 @@ Each operation that needs a neighbour is a generator: it yields `(round, {target
 sent back `{source: tensor}`. Who carries the tensors is `hdnn_dist.transport`'s business, so the
 same code runs in one process and over Ray actors.
 
-Vectors are columns as in the paper: `y_dB` is agent i's state for a batch, `y_DB` the states of all
-agents in its row of `T` stacked, `D = Σ_l d_l`. A bar is a cotangent: `ȳ = ∂loss/∂y`.
+Vectors are columns as in the paper: `y_dB` is agent i's state for a batch (its `p`, its `q`, or
+both for a member that updates them at once), `y_DB` those of all agents in its row of `T` stacked,
+`D = Σ_l d_l`. A bar is a cotangent: `ȳ = ∂loss/∂y`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.exchange import Plan, Round
-from hdnn_dist.hamiltonian import ACTIVATIONS
+from hdnn_dist.family import State, Update
 from hdnn_dist.sparsity import BlockPattern
 
 Result = TypeVar("Result")
@@ -82,7 +83,7 @@ class AgentNode:
         self, architecture: Architecture, plan: Plan, i: int, weights: Mapping[str, Tensor]
     ) -> None:
         self.i, self.plan, self.h = i, plan, architecture.h
-        self.activation = ACTIVATIONS[architecture.activation]
+        self.member, self.activation = architecture.member, architecture.member.activation
         self.constants = architecture.constants
         self.weights = dict(weights)
         self.gradients = {
@@ -97,13 +98,17 @@ class AgentNode:
         rows: dict[Round, BlockRow] = {}  # layers with one graph share a round
         for T, phase in zip(patterns.T, plan.states, strict=True):
             if phase not in rows:
-                rows[phase] = BlockRow(i, T, patterns.sizes, phase)
+                rows[phase] = BlockRow(i, T, architecture.sizes, phase)
         self.rows = [rows[phase] for phase in plan.states]
-        self.mix = BlockRow(i, patterns.R, patterns.sizes, plan.mix)
+        self.mix = BlockRow(i, patterns.R, architecture.sizes, plan.mix)
         # Columns of each layer's K within those kept, where graphs per layer keep fewer.
-        mask = architecture.layer_mask(i)
-        self.columns = None if mask.all() else [row.nonzero().flatten() for row in mask]
-        self._tape: list[tuple[Tensor, Tensor, Tensor]] = []
+        mask = architecture.mask(i)
+        columns = mask.any(1)
+        if self.member.upper:  # the own block comes first, and its first column is empty
+            columns[:, : architecture.sizes[i]] = True
+        self.columns = None if columns.all() else [row.nonzero().flatten() for row in columns]
+        self.mask = None if mask.all() else mask
+        self._tape: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._input = self._output = torch.empty(0)
 
     # --- forward ----------------------------------------------------------------------------
@@ -112,32 +117,58 @@ class AgentNode:
         """Own features `(F_i, B)` to the class scores `(C, B)`, complete at the root alone."""
         self._tape.clear()
         self._input = x_FB
-        y = torch.addmm(self._bias("encoder.bias"), self.weights["encoder.weight"], x_FB)
-        p, q = y.chunk(2)
+        y = self.encode(x_FB)
         for layer in range(len(self.rows)):
-            u = yield from self._force(layer, "q", q)
-            p = torch.sub(p, u, alpha=self.h)
-            u = yield from self._force(layer, "p", p)
-            q = torch.add(q, u, alpha=self.h)
-        self._output = torch.cat([p, q])
-        return (yield from self._readout(self._output))
+            y = yield from self.layer(layer, y)
+        self._output = y
+        return (yield from self._readout(y))
 
-    def _force(self, layer: int, state: str, y_dB: Tensor) -> Exchange[Tensor]:
-        """Agent `i`'s rows of `Xᵀ Kqᵀ σ(Kq q + bq)`, or of `X Kpᵀ σ(Kp p + bp)`."""
-        row, K = self.rows[layer], self._K(layer, state)
-        y_DB = yield from row.gather(y_dB)
-        s = self.activation.value(torch.addmm(self.weights["b" + state][layer, :, None], K, y_DB))
-        z = yield from row.scatter(K.T @ s)
-        if "X" in self.weights:
-            if state == "p":
-                z = yield from self.mix.gather(z)
-                u = self.weights["X"] @ z
-            else:
-                u = yield from self.mix.scatter(self.weights["X"].T @ z)
-        else:
-            u = z
-        self._tape.append((y_DB, s, z))
+    def encode(self, x_FB: Tensor) -> Tensor:
+        """Own features `(F_i, B)` to own first states `(2d, B)`."""
+        return torch.addmm(self._bias("encoder.bias"), self.weights["encoder.weight"], x_FB)
+
+    def layer(self, layer: int, y: Tensor) -> Exchange[Tensor]:
+        """One layer of own states, `(2d, B) -> (2d, B)`: its updates, one after the other."""
+        states = self._states(y)
+        for update in self.member.updates:
+            u = yield from self._force(layer, update, states[update.source])
+            target = states[update.target]
+            states[update.target] = torch.add(target, u, alpha=update.sign * self.h)
+        return _joined(states)
+
+    def _force(self, layer: int, update: Update, y_dB: Tensor) -> Exchange[Tensor]:
+        """Agent `i`'s rows of `C g`, `g = Kᵀ s` or `s`, `s = σ(a + b)`, `a = K y`, … (`Update`)."""
+        row, K = self.rows[layer], self._K(layer, update.K)
+        a, y_DB = yield from self._argument(layer, update, y_dB)
+        s = z = self.activation.value(a)
+        if update.pull:
+            z = yield from row.scatter(K.T @ s)
+        u, z = yield from self._couple(layer, update, z)
+        self._tape.append((y_dB, y_DB, s, z))
         return u
+
+    def _argument(
+        self, layer: int, update: Update, y_dB: Tensor
+    ) -> Exchange[tuple[Tensor, Tensor]]:
+        """Own rows of `a + b`, and the states `y_DB` that they were made of."""
+        row, K = self.rows[layer], self._K(layer, update.K)
+        a, y_DB = self.weights[update.b][layer, :, None], y_dB
+        if update.argument != "-KT":
+            y_DB = yield from row.gather(y_dB)
+            a = torch.addmm(a, K, y_DB)
+        if update.argument != "K":
+            a = a - (yield from row.scatter(K.T @ y_dB))
+        return a, y_DB
+
+    def _couple(self, layer: int, update: Update, z: Tensor) -> Exchange[tuple[Tensor, Tensor]]:
+        """`C z` with `C` = `J`, `X`, `Xᵀ` or `I`, and `z` as its adjoint wants it."""
+        C = self._C(layer, update)
+        if C is None:
+            return z, z
+        if update.coupling == "XT":
+            return (yield from self.mix.scatter(C.T @ z)), z
+        z = yield from self.mix.gather(z)
+        return C @ z, z
 
     def _readout(self, y: Tensor) -> Exchange[Tensor]:
         """`Σ_i W^i [p^i; q^i] + c`, summed up the tree."""
@@ -151,43 +182,73 @@ class AgentNode:
 
     # --- backward ---------------------------------------------------------------------------
 
-    def backward(self, scores_bar: Tensor | None) -> Exchange[None]:
-        """From `∂loss/∂scores` `(C, B)`, given at the root alone, to all `gradients`."""
+    def backward(self, scores_bar: Tensor | None) -> Exchange[list[Tensor]]:
+        """From `∂loss/∂scores` `(C, B)`, given at the root alone, to all `gradients`.
+
+        Returns:
+            Own rows of the cotangents `∂loss/∂y_j` of the states, `j = 0 … N`, each `(2d, B)`.
+        """
         for gradient in self.gradients.values():
             gradient.zero_()
         y_bar = yield from self._readout_adjoint(scores_bar)
-        p_bar, q_bar = y_bar.chunk(2)
-        for layer in reversed(range(len(self.rows))):
-            p_bar = p_bar + (yield from self._force_adjoint(layer, "p", self.h * q_bar))
-            q_bar = q_bar + (yield from self._force_adjoint(layer, "q", -self.h * p_bar))
+        cotangents = yield from self.pull_back(y_bar)
         if "encoder.weight" in self.gradients:
-            y_bar = torch.cat([p_bar, q_bar])
-            self.gradients["encoder.weight"].addmm_(y_bar, self._input.T)
-            self.gradients["encoder.bias"] += y_bar.sum(1)
+            self.gradients["encoder.weight"].addmm_(cotangents[0], self._input.T)
+            self.gradients["encoder.bias"] += cotangents[0].sum(1)
+        return cotangents
 
-    def _force_adjoint(self, layer: int, state: str, u_bar: Tensor) -> Exchange[Tensor]:
+    def pull_back(self, y_bar: Tensor) -> Exchange[list[Tensor]]:
+        """The adjoint of all layers: from `ȳ_N` `(2d, B)` to `ȳ_0 … ȳ_N`; adds to `gradients`."""
+        cotangents = [y_bar]
+        for layer in reversed(range(len(self.rows))):
+            bars = self._states(cotangents[-1])
+            for update in reversed(self.member.updates):
+                u_bar = update.sign * self.h * bars[update.target]
+                more = yield from self._force_adjoint(layer, update, u_bar)
+                bars[update.source] = bars[update.source] + more
+            cotangents.append(_joined(bars))
+        return cotangents[::-1]
+
+    def _force_adjoint(self, layer: int, update: Update, u_bar: Tensor) -> Exchange[Tensor]:
         """The adjoint of `_force`: `ū` to `ȳ`, each round of it turned round, in reverse.
 
-        With `a = K y + b`, `s = σ(a)`, `z = Kᵀ s`: `z̄ = X ū` (or `Xᵀ ū`), `s̄ = K z̄`,
-        `ā = σ'(a) s̄`, `ȳ = Kᵀ ā`, `K̄ = s z̄ᵀ + ā yᵀ`, `b̄ = ā 1`.
+        `z̄ = Cᵀ ū`; with a pull-back `s̄ = K z̄`, `K̄ = s z̄ᵀ`, else `s̄ = z̄`; `ā = σ'(a) s̄`, `b̄ = ā 1`;
+        from `a = K y`: `ȳ = Kᵀ ā`, `K̄ += ā yᵀ`; from `a = -Kᵀ y`: `ȳ = -K ā`, `K̄ -= y āᵀ`.
         """
-        row, K = self.rows[layer], self._K(layer, state)
-        y_DB, s, z = self._tape.pop()
-        if "X" in self.weights:
-            if state == "p":  # u = X gather(z)
-                self._accumulate("X", u_bar @ z.T)
-                z_bar = yield from self.mix.scatter(self.weights["X"].T @ u_bar)
-            else:  # u = scatter(Xᵀ z)
-                u_bar_DB = yield from self.mix.gather(u_bar)
-                self._accumulate("X", z @ u_bar_DB.T)
-                z_bar = self.weights["X"] @ u_bar_DB
-        else:
-            z_bar = u_bar
-        z_bar_DB = yield from row.gather(z_bar)
-        a_bar = self.activation.slope(s) * (K @ z_bar_DB)
-        self._add_K(layer, state, (s, z_bar_DB), (a_bar, y_DB))
-        self.gradients["b" + state][layer] += a_bar.sum(1)
-        return (yield from row.scatter(K.T @ a_bar))
+        row, K = self.rows[layer], self._K(layer, update.K)
+        y_dB, y_DB, s, z = self._tape.pop()
+        z_bar = yield from self._couple_adjoint(layer, update, u_bar, z)
+        products: list[tuple[Tensor, Tensor]] = []  # K̄ is the sum of their u vᵀ
+        if update.pull:
+            z_bar_DB = yield from row.gather(z_bar)
+            products.append((s, z_bar_DB))
+            z_bar = K @ z_bar_DB
+        a_bar = self.activation.slope(s) * z_bar
+        self.gradients[update.b][layer] += a_bar.sum(1)
+        y_bar = torch.zeros_like(y_dB)
+        if update.argument != "K":
+            a_bar_DB = yield from row.gather(a_bar)
+            products.append((-y_dB, a_bar_DB))
+            y_bar = -(K @ a_bar_DB)
+        if update.argument != "-KT":
+            products.append((a_bar, y_DB))
+            y_bar = y_bar + (yield from row.scatter(K.T @ a_bar))
+        self._add_K(layer, update.K, products)
+        return y_bar
+
+    def _couple_adjoint(
+        self, layer: int, update: Update, u_bar: Tensor, z: Tensor
+    ) -> Exchange[Tensor]:
+        """`z̄ = Cᵀ ū`, and the gradient of `C` where it is trained."""
+        C = self._C(layer, update)
+        if C is None:
+            return u_bar
+        if update.coupling == "XT":  # u = scatter(Xᵀ z)
+            u_bar = yield from self.mix.gather(u_bar)
+            self._accumulate("X", z @ u_bar.T)
+            return C @ u_bar
+        self._accumulate(update.coupling, u_bar @ z.T)  # u = C gather(z)
+        return (yield from self.mix.scatter(C.T @ u_bar))
 
     def _readout_adjoint(self, scores_bar: Tensor | None) -> Exchange[Tensor]:
         """`ȳ^i = W^iᵀ s̄`, `W̄^i = s̄ y^iᵀ`, `c̄ = s̄ 1`: the cotangent comes down the tree."""
@@ -201,6 +262,33 @@ class AgentNode:
             return torch.zeros_like(y)
         self.gradients["readout.weight"].addmm_(scores_bar, y.T)
         return self.weights["readout.weight"].T @ scores_bar
+
+    # --- analysis ---------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Drop what a forward pass without a backward pass has kept."""
+        self._tape.clear()
+
+    def energy(self, layer: int, y: Tensor) -> Exchange[Tensor]:
+        """Own terms of `H_j(y) = Σ σ̃(K y + b)` of a layer at own states `(2d, B)`: `(B,)`."""
+        assert self.activation.integral is not None, "the energy needs the integral of σ"
+        states, total = self._states(y), y.new_zeros(y.shape[1])
+        for update in self.member.updates:
+            a, _ = yield from self._argument(layer, update, states[update.source])
+            total = total + self.activation.integral(a).sum(0)
+        return total
+
+    def interconnect(self, y: Tensor) -> Exchange[Tensor]:
+        """Own rows of `J y` `(2d, B)`: the member's `J` if it is one for all layers, else `J1`."""
+        J, X = self.weights.get("J"), self.weights.get("X")
+        if J is not None and J.dim() == 2:
+            return J @ (yield from self.mix.gather(y))
+        p, q = y.chunk(2)
+        if X is not None:
+            upper = yield from self.mix.scatter(X.T @ q)
+            return torch.cat([-upper, X @ (yield from self.mix.gather(p))])
+        sign = -1 if self.member.name == "H2" else 1
+        return torch.cat([sign * q, -sign * p])
 
     # --- sums over a tree -------------------------------------------------------------------
 
@@ -226,19 +314,37 @@ class AgentNode:
     def _bias(self, name: str) -> Tensor:
         return self.weights[name][:, None]
 
-    def _K(self, layer: int, state: str) -> Tensor:
-        K = self.weights["K" + state][layer]
+    def _states(self, y: Tensor) -> dict[State, Tensor]:
+        """Own states by name, as the member updates them."""
+        if self.member.whole:
+            return {"y": y}
+        p, q = y.chunk(2)
+        return {"p": p, "q": q}
+
+    def _K(self, layer: int, name: str) -> Tensor:
+        K = self.weights[name][layer]
         return K if self.columns is None else K[:, self.columns[layer]]
 
-    def _add_K(self, layer: int, state: str, *outer: tuple[Tensor, Tensor]) -> None:
-        """`K̄ += u vᵀ` for each pair."""
-        K_bar = self.gradients["K" + state][layer]
-        for u, v in outer:
+    def _C(self, layer: int, update: Update) -> Tensor | None:
+        """Own rows of the coupling of an update; None for the identity."""
+        C = self.weights.get(update.coupling.removesuffix("T"))
+        return C if C is None or C.dim() == 2 else C[layer]
+
+    def _add_K(self, layer: int, name: str, products: list[tuple[Tensor, Tensor]]) -> None:
+        """`K̄ += u vᵀ` for each pair, where this layer may have entries."""
+        K_bar = self.gradients[name][layer]
+        for u, v in products:
             if self.columns is None:
                 K_bar.addmm_(u, v.T)
             else:
                 K_bar[:, self.columns[layer]] += u @ v.T
+        if self.mask is not None:
+            K_bar *= self.mask[layer]
 
     def _accumulate(self, name: str, gradient: Tensor) -> None:
         if name in self.gradients:
             self.gradients[name] += gradient
+
+
+def _joined(states: dict[State, Tensor]) -> Tensor:
+    return states["y"] if "y" in states else torch.cat([states["p"], states["q"]])

@@ -14,6 +14,7 @@ who needs it. The algebra (product, transpose, `<=`) is that of Boolean matrices
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 from hdnn_dist.errors import SpecError
+from hdnn_dist.family import FAMILY, Update
+from hdnn_dist.hamiltonian import J1, J2, skew
 from hdnn_dist.spec import Spec
 from hdnn_dist.topology import Topology, layer_edges
 
@@ -128,14 +131,22 @@ class Patterns:
     Attributes:
         sizes: `d_i`, the size of each agent's `p` and of its `q`.
         T: per layer, the pattern of `Kp` and `Kq`.
-        R: the pattern of `X`, the same in every layer.
+        R: the pattern of `X` or `J`, the same in every layer.
         S: who may talk to whom: `S[i, l] = 1` if a message may go from `l` to `i`.
+        updates: the half steps of a layer, which say what the patterns mean.
     """
 
     sizes: tuple[int, ...]
     T: tuple[BlockPattern, ...]
     R: BlockPattern
     S: BlockPattern
+    updates: tuple[Update, ...]
+
+    def factors(self, update: Update, T: BlockPattern) -> tuple[BlockPattern, ...]:
+        """The patterns that the source of an update passes, the first one first."""
+        argument = {"K": T, "-KT": T.T, "K-KT": T | T.T}[update.argument]
+        coupling = {"": (), "J": (self.R,), "X": (self.R,), "XT": (self.R.T,)}[update.coupling]
+        return (argument, *((T.T,) if update.pull else ()), *coupling)
 
     @cached_property
     def K(self) -> BlockPattern:
@@ -148,13 +159,22 @@ class Patterns:
         return len(self.T)
 
     @cached_property
+    def composed(self) -> BlockPattern:
+        """The union of the composed patterns of all half steps: `RᵀTᵀT ∪ R TᵀT` for H2."""
+        return union(
+            reduce(lambda P, Q: Q @ P, self.factors(update, T))
+            for T in dict.fromkeys(self.T)
+            for update in self.updates
+        )
+
+    @property
     def single_exchange(self) -> bool:
-        """The paper's condition `RᵀTᵀT ≤ S`, for the p and (with `R` for `Rᵀ`) for the q update.
+        """The paper's condition, `RᵀTᵀT ≤ S` and (for the q update) `R TᵀT ≤ S` with H2.
 
         Where it holds, a whole half step can be computed from one exchange of the states of
         neighbours (arXiv 2105.13205, the section on distributed H-DNNs).
         """
-        return all(X @ T.T @ T <= self.S for T in dict.fromkeys(self.T) for X in (self.R, self.R.T))
+        return self.composed <= self.S
 
     def dependencies(self) -> Iterator[tuple[list[int], list[int]]]:
         """After 0, 1, 2, … layers: whose inputs each agent's `p` and its `q` depend on.
@@ -163,12 +183,14 @@ class Patterns:
         number of edges and not that of dependent pairs. Past the last layer the layers' patterns
         are gone through again, without end.
         """
-        p = q = [1 << i for i in range(len(self.sizes))]
-        yield p, q
+        own = [1 << i for i in range(len(self.sizes))]
+        states = dict.fromkeys({update.target for update in self.updates}, own)
+        yield states.get("p", own), states.get("q", own)
         for T in cycle(self.T):
-            p = _either(p, _through((T, T.T, self.R.T), q))
-            q = _either(q, _through((T, T.T, self.R), p))
-            yield p, q
+            for update in self.updates:
+                more = _through(self.factors(update, T), states[update.source])
+                states[update.target] = _either(states[update.target], more)
+            yield states.get("p") or states["y"], states.get("q") or states["y"]
 
     def layers_to_cross(self) -> int | None:
         """Layers until each agent's state depends on each agent's input; None if it never does."""
@@ -195,18 +217,24 @@ def _either(some: list[int], others: list[int]) -> list[int]:
     return [a | b for a, b in zip(some, others, strict=True)]
 
 
-def patterns_of(topology: Topology, spec: Spec) -> Patterns:
+def patterns_of(topology: Topology, spec: Spec, J: Tensor | None = None) -> Patterns:
     """Where the graph enters: `T`, `R` and `S` of a resolved spec.
 
     `A[i, l] = 1` for an edge `l → i` ("i uses l's state"). `model.graph` puts `A + I` into `T`, `R`
     or both; `model.layer_graphs` replaces the `A` in `T` layer by layer. `S` is `I ∪ A`, with `Aᵀ`
-    where links are two-way.
+    where links are two-way. MS2's `A - Aᵀ` is trained above the diagonal alone.
+
+    Args:
+        topology: the graph.
+        spec: the model.
+        J: what `interconnection` gave.
 
     Raises:
-        SpecError: `model.layer_graphs` with a model whose `K` is not on the graph, or outside the
-            topology's links.
+        SpecError: the member cannot have the graph where the spec puts it, or some agent would
+            use the state of another that the topology does not link it to.
     """
     M, model = len(topology.agents), spec.model
+    member = FAMILY[model.name]
     eye = BlockPattern.identity(M)
 
     def along(edges: Iterable[tuple[int, int]]) -> BlockPattern:
@@ -220,20 +248,102 @@ def patterns_of(topology: Topology, spec: Spec) -> Patterns:
             "graphs per layer shape K, but model.graph is J, where K is block-diagonal",
             "set model.graph to K or both, or leave layer_graphs out",
         )
+    if model.graph != "K" and model.name not in ("H1", "H2"):
+        raise SpecError(
+            ("model", "graph"),
+            f"the J of {model.name} is fixed by its K, so that the graph can enter K alone",
+            "set model.graph to K, or model.name to H1 or H2",
+        )
     S = A | A.T if topology.two_way else A
     T = [eye] if model.graph == "J" else [along(g) for g in graphs] if graphs else [A]
     for k, pattern in enumerate(T):
-        for i, l in (pattern - S).entries:
-            source, target = topology.names[l], topology.names[i]
-            raise SpecError(
-                ("model", "layer_graphs", k),
-                f"{target!r} would use the state of {source!r}, but the topology has no link "
-                f"from {source!r} to {target!r}",
-                f"add the edge [{source}, {target}] to topology.edges or drop it from this graph",
-            )
+        _refuse_outside(topology, pattern - S, ("model", "layer_graphs", k), "this graph")
+    if member.upper:
+        for pattern in T:
+            for i, l in (pattern - pattern.T).entries:
+                raise SpecError(
+                    ("model", "name"),
+                    f"MS2 has an antisymmetric K, in which each uses the other's state, but "
+                    f"{topology.names[l]!r} does not use that of {topology.names[i]!r}",
+                    "set topology.directed to false, or model.name to MS1, MS3, H1 or H2",
+                )
+        T = [BlockPattern.of(M, ((i, l) for i, l in P.entries if i <= l)) for P in T]
+    R = eye if model.graph == "K" else A
+    if J is not None:
+        R = eye | _block_pattern(J, topology.sizes)
+        _refuse_outside(topology, R - S, ("model", "J"), "J")
     return Patterns(
         sizes=topology.sizes,
         T=tuple(T[j % len(T)] for j in range(model.layers)),
-        R=eye if model.graph == "K" else A,
+        R=R,
         S=S,
+        updates=member.updates,
     )
+
+
+def interconnection(topology: Topology, spec: Spec) -> Tensor | None:
+    """H1's `J`, `(2n, 2n)` or one a layer, on `y = [p; q]`; None for the other members.
+
+    Without one in the spec it is `J1`, or with the graph in it `[[0, -Xᵀ], [X, 0]]` with the `X`
+    that H2 starts from: `X[i, i] = I`, `X[i, l] = I/(1 + |neighbours|)`.
+
+    Raises:
+        SpecError: the matrix is not skew-symmetric or of another size, or the member takes none.
+    """
+    model, sizes = spec.model, topology.sizes
+    N, loc = 2 * sum(sizes), ("model", "J")
+    if model.name != "H1":
+        if model.J is not None:
+            raise SpecError(
+                loc, f"J is given, but that of {model.name} is fixed", "leave J out, or use H1"
+            )
+        return None
+    like = torch.empty(N, dtype=torch.float64)
+    if model.J is None and model.graph != "K":
+        X = torch.zeros(N // 2, N // 2, dtype=torch.float64)
+        rows = offsets(sizes)
+        neighbours = Counter(i for _, i in topology.edges)
+        for l, i in (*topology.edges, *((i, i) for i in range(len(sizes)))):
+            share = 1 if l == i else 1 + neighbours[i]
+            X[rows[i], rows[l]] = torch.eye(sizes[i], sizes[l], dtype=torch.float64) / share
+        return skew(X)
+    if model.graph != "K":
+        raise SpecError(
+            loc, "J is given, and the graph would enter it as well", "set model.graph to K"
+        )
+    if model.J is None or isinstance(model.J, str):
+        return J2(like) if model.J == "J2" else J1(like)
+    assert isinstance(model.J, list), "resolve() comes first"
+    try:
+        J = torch.tensor(model.J, dtype=torch.float64)
+    except ValueError:
+        raise SpecError(loc, "the rows of J are not equally long", "give a square matrix") from None
+    if J.shape not in ((N, N), (model.layers, N, N)):
+        raise SpecError(
+            loc,
+            f"J is {' x '.join(map(str, J.shape))}, but y = [p; q] has 2 Σ d = {N} entries",
+            f"give it as {N} x {N}, or {model.layers} of them for the layers",
+        )
+    if not torch.equal(J, -J.mT):
+        raise SpecError(loc, "J is not skew-symmetric", "give a J with Jᵀ = -J")
+    return J
+
+
+def _block_pattern(J: Tensor, sizes: Sequence[int]) -> BlockPattern:
+    """The agents between which a matrix on `y = [p; q]` has entries."""
+    agent = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).repeat(2)
+    entries = J.reshape(-1, *J.shape[-2:]).any(0).nonzero()
+    return BlockPattern.of(len(sizes), {(int(i), int(l)) for i, l in agent[entries].tolist()})
+
+
+def _refuse_outside(
+    topology: Topology, outside: BlockPattern, loc: tuple[str | int, ...], what: str
+) -> None:
+    for i, l in outside.entries:
+        source, target = topology.names[l], topology.names[i]
+        raise SpecError(
+            loc,
+            f"{target!r} would use the state of {source!r}, but the topology has no link "
+            f"from {source!r} to {target!r}",
+            f"add the edge [{source}, {target}] to topology.edges or drop it from {what}",
+        )

@@ -213,15 +213,62 @@ class LayerGraph(Section):
     edges: Edges
 
 
-class ModelSpec(Section):
-    """An H2-DNN (semi-implicit Euler, arXiv 2105.13205) and where the graph enters it."""
+class MatrixFile(Section):
+    """A matrix from a file, found relative to the spec's own folder."""
 
+    file: str = Field(description="Path of a .npy file.")
+
+
+def _matrix_tag(value: Any) -> str | None:
+    if isinstance(value, dict | MatrixFile):
+        return "MatrixFile"
+    if isinstance(value, str):
+        return "name" if value in ("J1", "J2") else None
+    if not isinstance(value, list):
+        return None
+    row = value[0] if value else None
+    entry = row[0] if isinstance(row, list) and row else None
+    return "layers" if isinstance(entry, list) else "matrix"
+
+
+Entry = Annotated[float, Field(allow_inf_nan=False, strict=False)]
+Interconnection = Annotated[
+    Annotated[Literal["J1", "J2"], Tag("name")]
+    | Annotated[list[list[Entry]], Tag("matrix")]
+    | Annotated[list[list[list[Entry]]], Tag("layers")]
+    | Annotated[MatrixFile, Tag("MatrixFile")],
+    Discriminator(
+        _matrix_tag,
+        custom_error_type="shape",
+        custom_error_message="J1, J2, {file: PATH}, or the rows of a matrix",
+    ),
+]
+
+
+class ModelSpec(Section):
+    """A member of the H-DNN family (arXiv 2105.13205) and where the graph enters it."""
+
+    name: Literal["H1", "H2", "MS1", "MS2", "MS3"] = Field(
+        default="H2", description="The member: what is constrained, and how it is discretised."
+    )
     graph: Literal["K", "J", "both"] = Field(
-        default="K", description="K: T = A + I, X = I. J: T = I, R = A + I. both: T = R = A + I."
+        default="K",
+        description="K: T = A + I, X = I. J: T = I, R = A + I. both: T = R = A + I. "
+        "J and both are for H1 and H2.",
     )
     layers: Size = Field(default=8, description="Depth N.")
     h: Positive = Field(default=0.25, description="Step of the discretisation.")
-    activation: Literal["tanh", "relu", "sigmoid"] = Field(default="tanh", description="σ.")
+    activation: str = Field(
+        default="tanh",
+        description="σ: tanh, relu, leaky_relu, elu, sigmoid, or package.module:NAME of an "
+        "hdnn_dist.hamiltonian.Activation of your own.",
+    )
+    J: Interconnection | None = Field(
+        default=None,
+        description="H1's skew-symmetric matrix on y = [p; q], all agents' p before all q, or one "
+        "matrix a layer. J1 = [[0, I], [-I, 0]]; J2 = +1 above the diagonal, -1 below. "
+        "Default: J1, or what model.graph puts there.",
+    )
     layer_graphs: (
         list[
             Annotated[
@@ -241,7 +288,7 @@ class ModelSpec(Section):
         description="T per layer, repeated in turn over the depth; default: the topology.",
     )
     train_J: bool = Field(
-        default=False, description="Train X (hence J), which stays the same in every layer."
+        default=False, description="Train H2's X (hence J), the same in every layer."
     )
     encoder: Literal["linear", "pad"] = Field(
         default="linear",

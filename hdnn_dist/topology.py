@@ -35,11 +35,13 @@ from hdnn_dist.spec import (
     FileEdges,
     GeneratedEdges,
     LayerGraph,
+    MatrixFile,
     Spec,
     TopologySpec,
 )
 
 Pairs = tuple[tuple[int, int], ...]
+MAX_ENTRIES = 4_000_000  # of a J from a file, which the resolved spec writes out
 _EXACT_CENTRE = 256  # above so many agents the centre is found by a double sweep
 
 
@@ -278,7 +280,29 @@ def resolve(spec: Spec, base: Path | None = None) -> Spec:
             for k, entry in enumerate(model.layer_graphs)
         ]
         model = model.model_copy(update={"layer_graphs": layers})
+    if isinstance(model.J, MatrixFile):
+        model = model.model_copy(update={"J": read_matrix(base / model.J.file)})
     return spec.model_copy(update={"topology": topology, "model": model})
+
+
+def read_matrix(path: Path) -> list[Any]:
+    """The rows of a matrix in a .npy file, or those of a matrix a layer.
+
+    Raises:
+        SpecError: the file cannot be read, or holds anything but two or three axes of numbers.
+    """
+    loc = ("model", "J", "file")
+    mend = "write it with numpy.save from a float array"
+    try:
+        matrix = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise SpecError(loc, f"{path} cannot be read as .npy: {error}", mend) from None
+    if not isinstance(matrix, np.ndarray) or matrix.ndim not in (2, 3) or matrix.dtype.kind != "f":
+        raise SpecError(loc, f"{path} holds no real matrix", mend)
+    if matrix.size > MAX_ENTRIES or not np.isfinite(matrix).all():
+        raise SpecError(loc, f"{path} holds too many entries, or some not finite", mend)
+    rows: list[Any] = matrix.tolist()
+    return rows
 
 
 def layer_edges(spec: Spec) -> tuple[Pairs, ...] | None:

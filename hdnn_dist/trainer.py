@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import (
     Manifest,
     Totals,
@@ -56,6 +58,14 @@ class Runner(Protocol):
 
     def sent(self) -> Counter[tuple[int, int]]:
         """Bytes sent so far from agent to agent."""
+        ...
+
+    def gradient_squares(self) -> Tensor:
+        """`‖∂loss/∂y_j‖²`, `j = 0 … N`, of all agents at the last step of the last epoch."""
+        ...
+
+    def sensitivities(self, samples: int, V: Tensor) -> Sums:
+        """What the agents add up to for the first test samples (see `hdnn_dist.analysis`)."""
         ...
 
     def save(self, folder: Path) -> dict[str, str]:
@@ -103,6 +113,12 @@ class LocalRunner:
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return self.worker.transport.sent
+
+    def gradient_squares(self) -> Tensor:  # noqa: D102
+        return self.worker.gradient_squares()
+
+    def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
+        return self.worker.sensitivities(samples, V)
 
     def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
         return self.worker.save(folder)
@@ -182,6 +198,9 @@ class Listener:
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
         """Some steps were taken."""
 
+    def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:
+        """An epoch has ended; `norms[j] = ‖∂loss/∂y_j‖`, `j = 0 … N`, in its last step."""
+
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """The test set was gone through."""
 
@@ -246,6 +265,7 @@ class Trainer:
             epoch, position = divmod(step, per_epoch)
             if position:
                 continue
+            self._tell("differentiated", step, epoch, runner.gradient_squares().sqrt().tolist())
             if epoch % training.eval_every == 0 or step == job.steps:
                 evaluation = runner.evaluate()
                 best = max(best, evaluation.accuracy)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hdnn_dist.agent import Agent, Evaluation, StepResult
+from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
 from hdnn_dist.data import Part, load_rows
 from hdnn_dist.errors import DataError
@@ -93,6 +96,24 @@ class Worker:
             actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
             chunks += self._drive(actions, stop - start)
         return np.concatenate(chunks) if chunks else None
+
+    def gradient_squares(self) -> Tensor:
+        """`‖∂loss/∂y_j‖²` of the agents here, `j = 0 … N`, at the last step of the last epoch."""
+        return torch.stack([agent.gradient_squares for agent in self.agents.values()]).sum(0)
+
+    def sensitivities(self, samples: int, V: Tensor) -> Sums:
+        """What the agents here add to the analysis of the first `samples` of the test set.
+
+        Args:
+            samples: how many.
+            V: the cotangents of `y_N`, `(2n, r)` (see `hdnn_dist.analysis`).
+        """
+        actions = {
+            i: agent.sensitivities(agent.features("test")[:samples], V)
+            for i, agent in self.agents.items()
+        }
+        sums = self._drive(actions, V.shape[1])
+        return reduce(operator.add, sums)
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write the state of each agent here; SHA-256 by agent."""

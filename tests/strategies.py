@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import strategies as st
 
+from hdnn_dist.architecture import Architecture
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.spec import Spec
@@ -28,9 +30,10 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
     """A job on digits with a drawn graph, sizes, depth, readout and patterns."""
     M = draw(st.integers(1, max_agents))
     names = [f"a{i + 1}" for i in range(M)]
-    graph = draw(st.sampled_from(["K", "J", "both"]))
+    member = draw(st.sampled_from(["H1", "H2", "MS1", "MS2", "MS3"]))
+    graph = draw(st.sampled_from(["K", "J", "both"])) if member in ("H1", "H2") else "K"
     links = draw(edges(names))
-    directed = draw(st.booleans())
+    directed = member != "MS2" and draw(st.booleans())
     one_way = directed and draw(st.booleans())
     if one_way:  # every way back is then an edge itself
         links = [pair for link in links for pair in (link, link[::-1])]
@@ -50,12 +53,13 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
                 "links": "one-way" if one_way else "two-way",
             },
             "model": {
+                "name": member,
                 "graph": graph,
                 "layers": layers,
                 "h": draw(st.sampled_from([0.1, 0.5])),
-                "activation": draw(st.sampled_from(["tanh", "relu", "sigmoid"])),
+                "activation": draw(st.sampled_from(["tanh", "relu", "elu"])),
                 "layer_graphs": layer_graphs,
-                "train_J": draw(st.booleans()),
+                "train_J": member == "H2" and draw(st.booleans()),
                 "readout": {
                     "agents": draw(st.sampled_from(["all", readers])),
                     "root": draw(st.sampled_from([None, *names])),
@@ -75,3 +79,10 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
 def jobs(max_agents: int = 6, dtype: str = "float64") -> st.SearchStrategy[Job]:
     """Jobs of `specs`."""
     return specs(max_agents, dtype).map(Job.of)
+
+
+def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:
+    """Rows and columns agent after agent, as the blocks of a pattern lie."""
+    agents = tuple(range(len(architecture.names)))
+    order = architecture.stacked(agents, architecture.member.whole)
+    return matrix[..., order[:, None], order]

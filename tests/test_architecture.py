@@ -7,7 +7,7 @@ from hdnn_dist.architecture import Architecture
 from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
 from hdnn_dist.testing import assert_close, assert_respects
-from tests.strategies import jobs
+from tests.strategies import in_order, jobs
 
 
 def parts(architecture: Architecture) -> dict[int, dict[str, torch.Tensor]]:
@@ -34,12 +34,15 @@ def test_every_weight_has_one_owner(job: Job) -> None:
 def test_initial_weights_have_the_patterns(job: Job) -> None:
     architecture, patterns = job.architecture, job.architecture.patterns
     dense = architecture.assemble(parts(architecture))
-    for j, T in enumerate(patterns.T):
-        assert_respects(dense["Kp"][j], T, patterns.sizes)
-        assert (dense["Kp"][j][T.mask(patterns.sizes)] != 0).all()
-    if architecture.has_X:
-        assert_respects(dense["X"], patterns.R, patterns.sizes)
-        assert torch.linalg.matrix_rank(dense["X"]) == architecture.n
+    for name in architecture.member.matrices:
+        for K, T in zip(in_order(architecture, dense[name]), patterns.T, strict=True):
+            assert_respects(K, T, architecture.sizes)
+            may = T.mask(architecture.sizes)
+            assert (K[may.triu(1) if architecture.member.upper else may] != 0).all()
+    for name in architecture.coupling:
+        for C in in_order(architecture, dense[name]).reshape(-1, *dense[name].shape[-2:]):
+            assert_respects(C, patterns.R, architecture.sizes)
+            assert torch.linalg.matrix_rank(C) == len(C)
 
 
 @given(jobs())
@@ -52,8 +55,13 @@ def test_counts_are_those_of_the_weights(job: Job) -> None:
     for i in agents:
         own = architecture.split(masked | zeros_for(architecture, masked), i)
         assert architecture.count(i) == sum(int(w.sum()) for w in own.values())
-    full = {name: w.numel() for name, w in model.named_parameters()}
-    assert architecture.count_dense() == sum(full.values())
+    trainable = dict(model.named_parameters())
+    if architecture.member.upper:
+        trainable = {
+            n: w[:, *torch.triu_indices(*w.shape[1:], 1)] if n == "K" else w
+            for n, w in trainable.items()
+        }
+    assert architecture.count_dense() == sum(w.numel() for w in trainable.values())
 
 
 def zeros_for(
@@ -70,7 +78,7 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone(job: Job) -> None
     for i in range(len(job.architecture.names)):
         once, twice = job.architecture.initial(i), job.architecture.initial(i)
         assert all(torch.equal(once[name], twice[name]) for name in once)
-        assert not torch.equal(once["Kp"], other.initial(i)["Kp"])
+        assert not torch.equal(once["encoder.weight"], other.initial(i)["encoder.weight"])
         wide = job.architecture.initial(i, torch.float64)
         assert all(torch.allclose(once[n].double(), wide[n], atol=1e-6) for n in once), (
             "both precisions start at one point"

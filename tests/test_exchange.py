@@ -5,6 +5,7 @@ from hypothesis import given
 
 from hdnn_dist.errors import SpecError
 from hdnn_dist.exchange import Message, Plan, Round
+from hdnn_dist.family import H2
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.testing import assert_within
@@ -41,25 +42,50 @@ def test_nothing_is_planned_outside_the_links_and_no_round_is_empty(job: Job) ->
 @given(jobs())
 def test_the_plan_is_minimal_for_its_patterns(job: Job) -> None:
     # One message for each non-zero block off the diagonal, of the width of the state sent.
-    patterns = job.architecture.patterns
+    patterns, sizes = job.architecture.patterns, job.architecture.sizes
     for T, states in zip(patterns.T, job.plan.states, strict=True):
-        blocks = {(l, i, patterns.sizes[l]) for i, l in T.entries if i != l}
+        blocks = {(l, i, sizes[l]) for i, l in T.entries if i != l}
         assert {(m.source, m.target, m.rows) for m in states.messages} == blocks
 
 
 @pytest.mark.parametrize(("graph", "rounds"), [("K", 2), ("J", 1), ("both", 3)])
 def test_rounds_of_a_half_step(graph: str, rounds: int) -> None:
     plan = job([["a", "b"]], model={"graph": graph, "layers": 3}).plan
-    assert len(plan.half_step(0, "p")) == len(plan.half_step(2, "q")) == rounds
+    p, q = plan.updates
+    assert len(plan.half_step(0, p)) == len(plan.half_step(2, q)) == rounds
     # 3 layers of 2 half steps, the readout's single level, and the same back.
     assert len(plan.training_step) == 2 * (6 * rounds + 1)
 
 
 def test_the_rounds_of_a_half_step_by_name() -> None:
     plan = job([["a", "b"]], model={"graph": "both"}).plan
-    assert [r.name for r in plan.half_step(0, "p")] == ["states", "states*", "mix*"]
-    assert [r.name for r in plan.half_step(0, "q")] == ["states", "states*", "mix"]
-    assert [r.name for r in plan.half_step_adjoint(0, "q")] == ["mix*", "states", "states*"]
+    p, q = plan.updates
+    assert [r.name for r in plan.half_step(0, p)] == ["states", "states*", "mix*"]
+    assert [r.name for r in plan.half_step(0, q)] == ["states", "states*", "mix"]
+    backward = plan.backward[len(plan.collect) :]
+    assert [r.name for r in backward[:3]] == ["mix*", "states", "states*"]
+
+
+@pytest.mark.parametrize(
+    ("model", "rounds"),
+    [
+        ({"name": "H1"}, [["states", "states*"]]),
+        ({"name": "H1", "graph": "J"}, [["mix"]]),
+        ({"name": "H1", "J": "J2"}, [["states", "states*", "mix"]]),
+        ({"name": "MS1"}, [["states"], ["states*"]]),
+        ({"name": "MS2"}, [["states", "states*"]]),
+        ({"name": "MS3"}, [["states", "states*"], ["states", "states*"]]),
+    ],
+)
+def test_the_rounds_of_a_layer(model: dict[str, object], rounds: list[list[str]]) -> None:
+    plan = job([["a", "b"]], model=model).plan
+    assert [[r.name for r in plan.half_step(0, u)] for u in plan.updates] == rounds
+
+
+def test_an_edge_of_MS2_carries_one_message_each_way() -> None:
+    # a trains the block above the diagonal: b sends its state, a sends Kᵀ y.
+    plan = job([["a", "b"]], model={"name": "MS2", "layers": 1}).plan
+    assert plan.traffic(plan.half_step(0, plan.updates[0]), 1, 1) == {(0, 1): 4, (1, 0): 4}
 
 
 def test_bytes_by_hand() -> None:
@@ -111,4 +137,5 @@ def test_a_plan_without_neighbours_has_no_rounds() -> None:
     assert Job.of(spec_from_dict({"topology": {"agents": 1}})).plan.training_step == ()
     phase = Round("x", (Message(0, 1, 3),))
     assert (phase.numbers(4), Round("y", phase.messages, per_sample=False).numbers(4)) == (12, 3)
-    assert Plan(states=(phase,), mix=Round("mix", ()), collect=()).forward[0] is phase
+    plan = Plan(updates=H2.updates, states=(phase,), mix=Round("mix", ()), collect=())
+    assert plan.forward[0] is phase

@@ -9,7 +9,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.testing import assert_close, assert_respects, assert_symplectic
-from tests.strategies import jobs
+from tests.strategies import in_order, jobs
 
 
 def job(**model: object) -> Job:
@@ -48,7 +48,7 @@ def test_the_sensitivity_matrix_is_symplectic(graph: str) -> None:
     model = HDNN(job(graph=graph, layers=30).architecture, torch.float64)
     y0 = torch.randn(2 * model.architecture.n, dtype=torch.float64)
     A = jacrev(lambda y: model.propagate(y[None])[-1][0])(y0)  # A[b, a] = ∂y_N[b]/∂y_0[a]
-    assert_symplectic(A.mT.detach(), model.J.detach())
+    assert_symplectic(A.mT.detach(), model.member.J(model.weights()[0]).detach())
     norm = torch.linalg.matrix_norm
     assert norm(A, 2) * norm(A.mT, 2) >= 1
 
@@ -62,11 +62,13 @@ def test_training_keeps_the_sparsity(job: Job) -> None:
         optimiser.zero_grad()
         model(torch.randn(4, 64, dtype=job.dtype)).square().sum().backward()
         optimiser.step()
-    patterns = job.architecture.patterns
-    for j, T in enumerate(patterns.T):
-        assert_respects(model.Kp[j], T, patterns.sizes)
-        assert_respects(model.Kq[j], T, patterns.sizes)
-    assert_respects(model.coupling(), patterns.R, patterns.sizes)
+    architecture, patterns = job.architecture, job.architecture.patterns
+    for name in job.architecture.member.matrices:
+        for K, T in zip(in_order(architecture, model.get_parameter(name)), patterns.T, strict=True):
+            assert_respects(K, T, architecture.sizes)
+    for name in architecture.coupling:
+        C = in_order(architecture, model.weight(name))
+        assert_respects(C, patterns.R, architecture.sizes)
 
 
 def test_it_is_an_ordinary_module() -> None:
@@ -111,4 +113,4 @@ def test_energy_is_the_hamiltonian_of_both_states() -> None:
     expected = (p @ model.Kp[1].T + model.bp[1]).cosh().log().sum(-1) + (
         q @ model.Kq[1].T + model.bq[1]
     ).cosh().log().sum(-1)
-    assert_close(model.energy(y, 1), expected, "H")
+    assert_close(model.member.energy(y, model.weights()[1]), expected, "H")

@@ -102,8 +102,15 @@ def test_layers_to_cross_is_where_the_dependency_is_complete(job: Job) -> None:
             expected = depth
             break
         T = boolean(P.T[depth % P.layers]).astype(int)
-        p = ((p + R.T @ T.T @ T @ q) > 0).astype(int)
-        q = ((q + R @ T.T @ T @ p) > 0).astype(int)
+        if job.spec.model.name in ("H2", "MS3"):
+            p = ((p + R.T @ T.T @ T @ q) > 0).astype(int)
+            q = ((q + R @ T.T @ T @ p) > 0).astype(int)
+        elif job.spec.model.name == "MS1":
+            p = ((p + T @ q) > 0).astype(int)
+            q = ((q + T.T @ p) > 0).astype(int)
+        else:  # one update of the whole state
+            C = R @ T.T @ T if job.spec.model.name == "H1" else T + T.T
+            p = q = ((p + C @ p) > 0).astype(int)
     assert P.layers_to_cross() == expected
 
 

@@ -1,0 +1,266 @@
+"""What is proved of the family, measured: sensitivities, symplecticity, and bounds of both sides.
+
+The backward sensitivity matrix (BSM) of the last `k` layers, in the paper's denominator layout::
+
+    M_k[a, b] = ∂y_N[b] / ∂y_{N-k}[a],   M_0 = I,   ∂loss/∂y_{N-k} = M_k ∂loss/∂y_N
+
+Column `b` is the cotangent `e_b` pulled back through `k` layers, so all columns, of all samples,
+are one backward pass. Where `M_k` does not fit, `r < N` orthonormal cotangents `V` stand in for
+the identity: `M_k V` has at most the norm of `M_k`, and its two figures are estimates from below.
+
+Of `M_k V` only two `(r, r)` matrices are needed, and each is a sum over the rows of `M_k V`, so
+that agents who hold some of the rows each can add them up (`J` couples rows as in the model)::
+
+    gram   Vᵀ M_kᵀ   M_k V        ‖M_k V‖ = √(largest eigenvalue)
+    form   Vᵀ M_kᵀ J M_k V        defect = ‖form - Vᵀ J V‖, zero where the BSM is symplectic
+
+Norms are spectral. A symplectic `M_k` has a norm of at least 1: gradients do not vanish.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hdnn_dist.errors import UserError
+from hdnn_dist.family import Member, Weights
+from hdnn_dist.hamiltonian import J1
+
+Step = Callable[[Tensor], Tensor]
+BUDGET = 2**28  # bytes that the cotangents of one sample may take
+
+
+def probes(N: int, most: int) -> Tensor:
+    """Cotangents `V` `(N, r)`: the identity if `most` allows `N` of them, else orthonormal."""
+    if most >= N:
+        return torch.eye(N, dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)  # every agent draws the same
+    draw = torch.randn(N, max(1, most), generator=random, dtype=torch.float64)
+    V: Tensor = torch.linalg.qr(draw).Q
+    return V
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the agents' measurements add up to; no weight and no state can be read from it.
+
+    Attributes:
+        gram, form: `(N+1, samples, r, r)`, for `k = 0 … N` (see above).
+        energy: `H_j(y_j)`, `(N, samples)`; empty if `σ` has no integral.
+        blocks: the norms of each matrix's blocks by its name, `(N, agents, agents)`.
+    """
+
+    gram: Tensor
+    form: Tensor
+    energy: Tensor
+    blocks: dict[str, Tensor]
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.gram + other.gram,
+            self.form + other.form,
+            self.energy + other.energy,
+            {name: norms + other.blocks[name] for name, norms in self.blocks.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Figures of `M_1 … M_N` for some samples.
+
+    Attributes:
+        norms: `‖M_k‖`, `(N, samples)`.
+        defects: `‖M_kᵀ J M_k - J‖`, `(N, samples)`.
+        exact: whether all columns were computed; if not, both are estimates from below.
+    """
+
+    norms: Tensor
+    defects: Tensor
+    exact: bool
+
+
+def measured(gram: Tensor, form: Tensor, form_0: Tensor) -> tuple[Tensor, Tensor]:
+    """`‖M_k V‖` and the defect from `gram`, `form` and `form_0 = Vᵀ J V`, each `(…, r, r)`."""
+    norm = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
+    return norm, torch.linalg.matrix_norm(form - form_0, 2)
+
+
+def from_sums(sums: Sums, N: int) -> Sensitivities:
+    """The agents' sums as figures, `N` being the size of `y`."""
+    norms, defects = measured(sums.gram[1:], sums.form[1:], sums.form[:1])
+    return Sensitivities(norms, defects, sums.gram.shape[-1] == N)
+
+
+def sensitivities(
+    steps: Sequence[Step], y_BN: Tensor, J: Tensor | None = None, budget: int = BUDGET
+) -> Sensitivities:
+    """BSM norms and defects of any network given as its layers, by vector-Jacobian products.
+
+    Args:
+        steps: the layers, each `(…, N) -> (…, N)` and differentiable.
+        y_BN: the first state of some samples, `(B, N)`.
+        J: of the defect; default: the canonical `J1`, a yardstick where the network has none.
+        budget: bytes that the cotangents may take; below what all `N` take, fewer are used.
+
+    Raises:
+        UserError: `J` is left out and `N` is odd, so that there is no `J1`.
+    """
+    B, N = y_BN.shape
+    if J is None and N % 2:
+        raise UserError(f"y has {N} features, and J1 needs an even number", "give a J")
+    J_NN = (J1(y_BN[0]) if J is None else J).to(torch.float64)
+    V = probes(N, budget // (8 * N * B * y_BN.element_size()))
+    states = [y_BN.detach()]
+    with torch.no_grad():
+        for step in steps:
+            states.append(step(states[-1]))
+    bars = V.T[:, None].to(y_BN.dtype).expand(-1, B, -1)  # (r, B, N)
+    norms, defects = [], []
+    for step, state in zip(reversed(steps), reversed(states[:-1]), strict=True):
+        y = state.expand(len(bars), B, N).clone().requires_grad_()
+        with torch.enable_grad():
+            (bars,) = torch.autograd.grad(step(y), y, bars)
+        M = bars.permute(1, 2, 0).to(torch.float64)  # (B, N, r)
+        norm, defect = measured(M.mT @ M, M.mT @ J_NN @ M, V.T @ J_NN @ V)
+        norms.append(norm)
+        defects.append(defect)
+    return Sensitivities(torch.stack(norms), torch.stack(defects), V.shape[1] == N)
+
+
+def has_one_J(member: Member, J: Tensor | None) -> bool:
+    """Whether the model has one `J` in all layers; else `J1` is a yardstick for the defect."""
+    return member.name in ("H1", "H2", "MS3") and (J is None or J.dim() == 2)
+
+
+# --- bounds from the weights -------------------------------------------------------------------
+
+
+def spectral_norms(member: Member, w: Weights) -> dict[str, float]:
+    """`‖·‖` of a layer's matrices by name; for an upper triangular `A`, of `A - Aᵀ`."""
+    return {
+        name: torch.linalg.matrix_norm(
+            W - W.mT if member.upper and name in member.matrices else W, 2
+        ).item()
+        for name, W in w.items()
+        if W.dim() == 2
+    }
+
+
+def block_norms(member: Member, blocks: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """The same per layer from the norms of blocks, and never smaller.
+
+    `‖K‖ ≤ ‖B‖` with `B[i, l] = ‖K[i, l]‖`, as `B` acts on the norms of the parts of a vector.
+    """
+    whole = {
+        name: torch.linalg.matrix_norm(
+            B + B.mT if member.upper and name in member.matrices else B, 2
+        ).tolist()
+        for name, B in blocks.items()
+    }
+    return [dict(zip(whole, norms, strict=True)) for norms in zip(*whole.values(), strict=True)]
+
+
+def log_bound(member: Member, norms: Mapping[str, float]) -> float:
+    """`log` of an upper bound on the norm of one layer's Jacobian.
+
+    With `L = sup|σ'|`, the force `C Kᵀ σ(K y + b)` of an update has a Jacobian of norm at most
+    `c/h = L ‖C‖ ‖K‖²`, or `L ‖K‖` without the pull-back. An update of the whole state is bounded by
+    `1 + c`. One that changes `p` by a function of `q` has the Jacobian `[[I, S], [0, I]]`,
+    `‖S‖ ≤ c`, whose norm is `(c + √(c² + 4))/2`: the logarithm is `arsinh(c/2)`.
+
+    Args:
+        member: of the family.
+        norms: of the layer's matrices by name; one that is left out is the identity or `J1`.
+    """
+    log = 0.0
+    for update in member.updates:
+        K = norms[update.K]
+        c = member.h * member.activation.steepest * norms.get(update.coupling.rstrip("T"), 1.0)
+        c *= K * K if update.pull else K
+        log += math.log1p(c) if update.target == update.source else math.asinh(c / 2)
+    return log
+
+
+def log_bounds(member: Member, weights: Sequence[Weights]) -> list[float]:
+    """`log` of the upper bound on `‖M_k‖`, `k = 1 … N`: the last `k` layers' bounds multiplied."""
+    return accumulated([log_bound(member, spectral_norms(member, w)) for w in weights])
+
+
+def accumulated(logs: Sequence[float]) -> list[float]:
+    """Layers' logarithms, first layer first, summed from the last one back."""
+    return torch.tensor(logs, dtype=torch.float64).flip(0).cumsum(0).tolist()
+
+
+# --- along the layers --------------------------------------------------------------------------
+
+
+def energies(member: Member, weights: Sequence[Weights], states: Sequence[Tensor]) -> Tensor:
+    """`H_j(y_j)`, `(N, B)`, of the states `y_0 … y_N`.
+
+    Raises:
+        UserError: the activation has no integral.
+    """
+    pairs = zip(states[:-1], weights, strict=True)
+    return torch.stack([member.energy(y, w) for y, w in pairs])
+
+
+# --- exploding gradients: the paper's counterexample --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """`‖∂y(T)/∂y(T-t)‖` of `ẏ = ε J tanh(y)`.
+
+    Attributes:
+        t: times, from `h` to `T`.
+        norms: from `y(0) = y_0`.
+        perturbed: the distance of two solutions that start `γ` apart, over `γ`, at the times `t`.
+        scheme: of the integration.
+    """
+
+    t: list[float]
+    norms: list[float]
+    perturbed: list[float]
+    scheme: Literal["symplectic Euler"]
+
+
+def counterexample(
+    eps: float = 1.0,
+    T: float = 20.0,
+    h: float = 0.05,
+    gamma: float = 0.05,
+    y_0: tuple[float, float] = (0.336, -0.486),
+) -> Counterexample:
+    """The paper's appendix III: `ẏ = ε J tanh(y)`, `J = [[0, -1], [1, 0]]`, has no bound over time.
+
+    Each orbit is closed, but its period depends on its energy: neighbouring solutions drift apart
+    at a constant speed, and the sensitivity grows in proportion to `t`. It is H2 with `K = I`.
+
+    Raises:
+        UserError: a step, a time or a perturbation that is not positive.
+    """
+    if min(eps, T, h, gamma) <= 0 or T < h:
+        raise UserError(
+            f"eps = {eps}, T = {T}, h = {h}, gamma = {gamma}", "give positive numbers with h <= T"
+        )
+
+    def step(y: Tensor) -> Tensor:
+        p, q = y[..., 0], y[..., 1]
+        p = p - h * eps * torch.tanh(q)
+        return torch.stack([p, q + h * eps * torch.tanh(p)], -1)
+
+    count = round(T / h)
+    y = torch.tensor([y_0], dtype=torch.float64)
+    norms = sensitivities([step] * count, y).norms[:, 0].tolist()
+    pair = torch.cat([y, y * (1 + gamma / y.norm())])  # apart along the ray: on another orbit
+    perturbed = []
+    for _ in range(count):
+        pair = step(pair)
+        perturbed.append(((pair[0] - pair[1]).norm() / gamma).item())
+    times = [h * (k + 1) for k in range(count)]
+    return Counterexample(times, norms, perturbed, "symplectic Euler")

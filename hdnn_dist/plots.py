@@ -1,0 +1,121 @@
+"""The figures of an analysis, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from hdnn_dist.analysis import Counterexample
+
+Json = Mapping[str, Any]
+_FLOOR = 1e-200  # what a gradient that has vanished is drawn at
+_CEILING = 200.0  # the power of ten that a higher bound is drawn at
+
+
+def save_figures(report: Json, folder: Path) -> list[Path]:
+    """All figures that a report (see `hdnn_dist.report`) has the numbers for."""
+    made = [_norms(report, folder / "sensitivity.png"), _defects(report, folder / "defect.png")]
+    if report["energy"] is not None:
+        made.append(_energy(report, folder / "energy.png"))
+    if trained := [network for network in report["networks"] if network["gradients"]]:
+        made.append(_gradients(trained, folder / "gradients.png"))
+    return made
+
+
+def save_counterexample(found: Counterexample, file: Path) -> Path:
+    """The growth of the sensitivity, beside that of a distance between two solutions."""
+    figure, axes = _axes("t", r"$\|\partial y(T)/\partial y(T-t)\|$")
+    axes.plot(found.t, found.norms, label="sensitivity")
+    axes.plot(found.t, found.perturbed, "--", label="distance of two solutions, over γ")
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":", label="lower bound 1")
+    axes.set_title(r"$\dot y = \varepsilon J \tanh(y)$: the sensitivity grows with t")
+    return _save(figure, axes, file)
+
+
+def _norms(report: Json, file: Path) -> Path:
+    figure, axes = _axes("layers k back from the output", r"$\|M_k\|$, mean over the samples")
+    for network in report["networks"]:
+        k = range(1, len(network["norms"]) + 1)
+        mean = [max(sum(row) / len(row), _FLOOR) for row in network["norms"]]
+        (line,) = axes.plot(k, mean, label=network["name"], **_dots(mean))
+        bound = [10 ** min(log, _CEILING) for log in network["log10_bounds"]]
+        axes.plot(k, bound, ":", color=line.get_color(), linewidth=1)
+    axes.axhline(1, color="black", linewidth=0.8, label="lower bound 1")
+    axes.plot([], [], ":", color="gray", linewidth=1, label="upper bounds")
+    axes.set_yscale("log")
+    axes.set_title("Backward sensitivity matrices")
+    return _save(figure, axes, file)
+
+
+def _defects(report: Json, file: Path) -> Path:
+    figure, axes = _axes("layers k back from the output", r"$\|M_k^T J M_k - J\|$, largest")
+    for network in report["networks"]:
+        largest = [max(max(row), _FLOOR) for row in network["defects"]]
+        axes.plot(range(1, len(largest) + 1), largest, label=network["name"], **_dots(largest))
+    axes.set_yscale("log")
+    axes.set_title("Symplecticity defect")
+    return _save(figure, axes, file)
+
+
+def _energy(report: Json, file: Path) -> Path:
+    figure, axes = _axes("layer j", r"$H_j(y_j)$")
+    for k, energy in enumerate(zip(*report["energy"], strict=True)):
+        axes.plot(range(len(energy)), energy, alpha=0.8, label=f"sample {k}", **_dots(energy))
+    axes.set_title("Energy along the layers")
+    return _save(figure, axes, file)
+
+
+def _gradients(networks: Sequence[Json], file: Path) -> Path:
+    """One panel a network, one line for some of the epochs."""
+    figure = _figure()
+    panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    for axes, network in zip(panels, networks, strict=True):
+        records = network["gradients"]
+        for k in sorted({*range(0, len(records), 1 + len(records) // 8), len(records) - 1}):
+            colour = colormaps["viridis"](0.9 * k / max(1, len(records) - 1))
+            norms = [max(norm, _FLOOR) for norm in records[k]["norms"]]
+            label = f"epoch {records[k]['epoch']}"
+            axes.plot(range(len(norms)), norms, color=colour, label=label, **_dots(norms))
+        _describe(axes, "layer j", "")
+        axes.set_title(network["name"])
+        axes.set_yscale("log")
+    panels[0].set_ylabel(r"$\|\partial L/\partial y_j\|$ during training")
+    return _save(figure, panels[-1], file)
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = _figure()
+    axes = figure.subplots()
+    _describe(axes, x, y)
+    return figure, axes
+
+
+def _figure() -> Figure:
+    figure = Figure(figsize=(8.0, 4.0), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the machine's default backend
+    return figure
+
+
+def _describe(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _dots(values: Sequence[float]) -> dict[str, Any]:
+    """A marker a layer while they can be told apart."""
+    return {"marker": "o", "markersize": 3} if len(values) <= 32 else {}
+
+
+def _save(figure: Figure, axes: Axes, file: Path) -> Path:
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(file)
+    return file

@@ -1,0 +1,232 @@
+"""The analysis of a run, as `hdnn-dist analyze` writes it: `analysis.json` and its figures."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hdnn_dist.analysis import (
+    BUDGET,
+    Sensitivities,
+    accumulated,
+    block_norms,
+    from_sums,
+    has_one_J,
+    log_bound,
+    probes,
+    sensitivities,
+)
+from hdnn_dist.api import open_run
+from hdnn_dist.baselines import MLP, ResNet
+from hdnn_dist.checkpoint import write_json
+from hdnn_dist.data import epoch_order, load_features, load_labels
+from hdnn_dist.errors import UserError
+from hdnn_dist.job import Job
+from hdnn_dist.metrics import read_metrics
+from hdnn_dist.optimization import build_optimizer, learning_rate
+from hdnn_dist.run import reopen
+from hdnn_dist.trainer import Runner
+
+Baselines = Literal["trained", "initial", "none"]
+
+
+def analyze(
+    run: str | os.PathLike[str],
+    *,
+    samples: int = 8,
+    baselines: Baselines = "trained",
+    overrides: Sequence[str] = (),
+    local: bool = False,
+    address: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure what is proved of the family on a run's latest checkpoint.
+
+    The agents measure their own rows (`Agent.sensitivities`) and sums of those leave them: no
+    weight does. The upper bound is made of the norms of their blocks, which is less tight than one
+    from whole matrices (`hdnn_dist.analysis.log_bounds`).
+
+    Args:
+        run: the run directory.
+        samples: of the test set, from its first.
+        baselines: whether an MLP and a ResNet of equal width and depth are measured beside it, as
+            trained on the run's data and training section in this process, or as initialised.
+        overrides: as for `hdnn_dist.open_run`.
+        local: as for `hdnn_dist.open_run`.
+        address: as for `hdnn_dist.open_run`.
+        out: where `analysis.json` and the figures go; default: `analysis` in the run directory.
+
+    Raises:
+        UserError: there are not so many samples.
+        CheckpointError: the run or its checkpoint cannot be used.
+    """
+    from hdnn_dist.plots import save_figures  # matplotlib takes a second to import
+
+    job = reopen(Path(run), overrides)
+    if not 1 <= samples <= job.data.test:  # before a cluster is started
+        raise UserError(
+            f"{samples} samples, but the test set has {job.data.test}", f"take 1 to {job.data.test}"
+        )
+    with open_run(run, overrides=overrides, local=local, address=address) as (runner, step):
+        report = _of_agents(runner, samples) | {"step": step}
+    report["networks"][0]["gradients"] = [
+        {"epoch": record["epoch"], "norms": record["norms"]}
+        for record in read_metrics(Path(run))
+        if record["kind"] == "gradients"
+    ]
+    if baselines != "none":
+        report["networks"] += _baselines(job, samples, baselines == "trained")
+    folder = Path(run) / "analysis" if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "analysis.json", report)
+    report["figures"] = [str(file) for file in save_figures(report, folder)]
+    return report
+
+
+def _of_agents(runner: Runner, samples: int) -> dict[str, Any]:
+    job = runner.job
+    architecture, member = job.architecture, job.architecture.member
+    N, layers = 2 * architecture.n, architecture.patterns.layers
+    # An agent keeps about six numbers a layer of each of its rows, for every cotangent.
+    kept = BUDGET // (6 * N * (layers + 1) * job.dtype.itemsize)
+    summed = math.isqrt(BUDGET // (2 * 8 * samples * (layers + 1)))  # gram and form in float64
+    V = probes(N, min(kept, summed))
+    sums = runner.sensitivities(samples, V)
+    bounds = [log_bound(member, norms) for norms in block_norms(member, sums.blocks)]
+    one_J = has_one_J(member, architecture.J)
+    return {
+        "samples": samples,
+        "J": "the model's" if one_J else "J1, as a yardstick",
+        "bound": "from the norms of the agents' blocks",
+        "networks": [_network(member.name, from_sums(sums, N), accumulated(bounds), [])],
+        "energy": sums.energy.tolist() if sums.energy.numel() else None,
+    }
+
+
+def _network(
+    name: str,
+    found: Sensitivities,
+    log_bounds: Sequence[float],
+    gradients: list[dict[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "norms": found.norms.tolist(),
+        "defects": found.defects.tolist(),
+        "exact": found.exact,
+        "log10_bounds": [log / math.log(10) for log in log_bounds],
+        "gradients": gradients,
+    }
+
+
+# --- baselines ---------------------------------------------------------------------------------
+
+
+class _Classifier(nn.Module):
+    """Encoder, a baseline's layers and readout, with the sizes of the run's model."""
+
+    def __init__(self, job: Job, layers: MLP) -> None:
+        super().__init__()
+        n = job.architecture.n
+        self.encoder = nn.Linear(job.data.features, 2 * n)
+        self.layers = layers
+        self.readout = nn.Linear(2 * n, job.data.classes)
+
+    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Mean cross-entropy, and the states `y_0 … y_N` on the way."""
+        states = self.layers.propagate(self.encoder(x))
+        return F.cross_entropy(self.readout(states[-1]), labels), states
+
+
+def _baselines(job: Job, samples: int, train: bool) -> list[dict[str, Any]]:
+    architecture = job.architecture
+    N, depth = 2 * architecture.n, architecture.patterns.layers
+    σ = architecture.member.activation
+    makers: dict[str, Callable[[], MLP]] = {
+        "MLP": lambda: MLP(N, depth, σ),
+        "ResNet": lambda: ResNet(N, depth, architecture.h, σ),
+    }
+    x = _data(job, "test")[0][:samples].double()
+    found = []
+    for name, make in makers.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(job.spec.training.seed)
+            model = _Classifier(job, make()).to(job.dtype)
+        gradients = _fit(model, job) if train else []
+        model = model.double().requires_grad_(False)
+        layers = model.layers
+        steps = [partial(layers.step, j=j) for j in range(depth)]
+        found.append(
+            _network(
+                f"{name} ({'trained' if train else 'initial'})",
+                sensitivities(steps, model.encoder(x)),
+                accumulated(layers.log_bounds()),
+                gradients,
+            )
+        )
+    return found
+
+
+def _fit(model: _Classifier, job: Job) -> list[dict[str, Any]]:
+    """The run's training, less its regulariser and its augmentation.
+
+    Returns:
+        `‖∂loss/∂y_j‖` at the last step of each epoch, as the run's own metrics have them.
+    """
+    gradients = []
+    training = job.spec.training
+    optimizer = build_optimizer(training.optimizer, model.parameters())
+    x, labels = _data(job, "train")
+    for step in range(job.steps):
+        epoch, k = divmod(step, job.steps_per_epoch)
+        if k == 0:
+            order = torch.from_numpy(epoch_order(training.seed, epoch, job.data.train))
+        index = order[k * job.batch : (k + 1) * job.batch]
+        optimizer.zero_grad()
+        loss, states = model.loss(x[index], labels[index])
+        if k + 1 == job.steps_per_epoch:
+            bars = torch.autograd.grad(loss, states, retain_graph=True)
+            norms = [bar.norm().item() for bar in bars]
+            gradients.append({"epoch": epoch + 1, "norms": norms})
+        loss.backward()
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        lr = learning_rate(
+            training.schedule, training.optimizer.lr, step, job.steps, job.steps_per_epoch
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return gradients
+
+
+def _data(job: Job, part: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+    x = torch.from_numpy(load_features(job.spec.data, part, range(job.data.features)))
+    return x.to(job.dtype), torch.from_numpy(load_labels(job.spec.data, part))
+
+
+def render(report: dict[str, Any]) -> Table:
+    """The short table of a report."""
+    table = Table(title=f"{report['samples']} test samples, step {report['step']}")
+    for heading in ("", "‖M_N‖ least", "‖M_N‖ largest", "least ‖M_k‖", "bound on ‖M_N‖", "defect"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for network in report["networks"]:
+        last = network["norms"][-1]
+        table.add_row(
+            network["name"] + ("" if network["exact"] else " (estimates from below)"),
+            f"{min(last):.4g}",
+            f"{max(last):.4g}",
+            f"{min(map(min, network['norms'])):.4g}",
+            f"10^{network['log10_bounds'][-1]:.2f}",
+            f"{max(map(max, network['defects'])):.2g}",
+        )
+    return table
