@@ -12,7 +12,7 @@ MS3     K = [[0, K1], [K2, 0]]                 J1 = [[0, I], [-I, 0]]  Verlet   
 
 H1 and H2 are those of Galimberti et al., arXiv 2105.13205; MS1, MS2 and MS3 are those of Haber and
 Ruthotto 2017 and Chang et al. 2018 as that paper writes them. States are rows of a batch,
-`y_BN = [p, q]` with `n = N/2` columns each; further axes before the last are carried along.
+`y_BN = [p, q]` with `n = N/2` columns each; further axes before these are carried along.
 
 Each member says its layer twice: `step` is the equation on dense matrices, and `updates` is the
 same as half steps that a graph of agents can take (see `Update`).
@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hdnn_dist.hamiltonian import J1, Activation, energy, energy_gradient, skew
+from hdnn_dist.hamiltonian import J1, Activation, affine, energy, energy_gradient, skew, times
 
 State = Literal["p", "q", "y"]
 Weights = Mapping[str, Tensor]
@@ -81,7 +81,7 @@ class Member:
     updates: ClassVar[tuple[Update, ...]]
 
     def step(self, y: Tensor, w: Weights) -> Tensor:
-        """One layer: `y -> y⁺`, both `(…, N)`."""
+        """One layer: `y -> y⁺`, both `(…, B, N)`."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor, w: Weights) -> Tensor:
@@ -114,6 +114,11 @@ class Member:
         return energy(y, self.K(w), self.b(w), self.activation)
 
 
+def _joined(p: Tensor, q: Tensor) -> Tensor:
+    """`y = [p, q]`, kept in memory as `times` keeps it."""
+    return torch.cat([p.mT, q.mT], -2).mT
+
+
 def _add(y: Tensor, g: Tensor, h: float) -> Tensor:
     return torch.add(y, g, alpha=h)
 
@@ -128,7 +133,8 @@ class H1(Member):
     updates = (Update("y", "y", "K", "b", pull=True, coupling="J"),)
 
     def step(self, y: Tensor, w: Weights) -> Tensor:  # noqa: D102
-        return _add(y, energy_gradient(y, w["K"], w["b"], self.activation) @ self.J(w).mT, self.h)
+        g = energy_gradient(y, w["K"], w["b"], self.activation)
+        return _add(y, times(self.J(w), g), self.h)
 
     def K(self, w: Weights) -> Tensor:  # noqa: D102
         return w["K"]
@@ -162,19 +168,19 @@ class H2(Member):
         p, q = y.chunk(2, -1)
         p = _add(p, self._XT(energy_gradient(q, w["Kq"], w["bq"], self.activation), w), -self.h)
         q = _add(q, self._X(energy_gradient(p, w["Kp"], w["bp"], self.activation), w), +self.h)
-        return torch.cat([p, q], -1)
+        return _joined(p, q)
 
     def inverse(self, y: Tensor, w: Weights) -> Tensor:  # noqa: D102
         p, q = y.chunk(2, -1)
         q = _add(q, self._X(energy_gradient(p, w["Kp"], w["bp"], self.activation), w), -self.h)
         p = _add(p, self._XT(energy_gradient(q, w["Kq"], w["bq"], self.activation), w), +self.h)
-        return torch.cat([p, q], -1)
+        return _joined(p, q)
 
     def _X(self, g: Tensor, w: Weights) -> Tensor:
-        return g @ w["X"].mT if "X" in w else g
+        return times(w["X"], g) if "X" in w else g
 
     def _XT(self, g: Tensor, w: Weights) -> Tensor:
-        return g @ w["X"] if "X" in w else g
+        return times(w["X"].mT, g) if "X" in w else g
 
     def K(self, w: Weights) -> Tensor:  # noqa: D102
         K: Tensor = torch.block_diag(w["Kp"], w["Kq"])
@@ -205,15 +211,15 @@ class MS1(Member):
 
     def step(self, y: Tensor, w: Weights) -> Tensor:  # noqa: D102
         p, q = y.chunk(2, -1)
-        p = _add(p, self.activation.value(q @ w["K"].mT + w["bp"]), self.h)
-        q = _add(q, self.activation.value(w["bq"] - p @ w["K"]), self.h)
-        return torch.cat([p, q], -1)
+        p = _add(p, self.activation.value(affine(w["K"], q, w["bp"])), self.h)
+        q = _add(q, self.activation.value(affine(-w["K"].mT, p, w["bq"])), self.h)
+        return _joined(p, q)
 
     def inverse(self, y: Tensor, w: Weights) -> Tensor:  # noqa: D102
         p, q = y.chunk(2, -1)
-        q = _add(q, self.activation.value(w["bq"] - p @ w["K"]), -self.h)
-        p = _add(p, self.activation.value(q @ w["K"].mT + w["bp"]), -self.h)
-        return torch.cat([p, q], -1)
+        q = _add(q, self.activation.value(affine(-w["K"].mT, p, w["bq"])), -self.h)
+        p = _add(p, self.activation.value(affine(w["K"], q, w["bp"])), -self.h)
+        return _joined(p, q)
 
     def K(self, w: Weights) -> Tensor:  # noqa: D102
         return -skew(w["K"].mT)
@@ -233,7 +239,7 @@ class MS2(Member):
     updates = (Update("y", "y", "K", "b", argument="K-KT"),)
 
     def step(self, y: Tensor, w: Weights) -> Tensor:  # noqa: D102
-        return _add(y, self.activation.value(y @ self.K(w).mT + w["b"]), self.h)
+        return _add(y, self.activation.value(affine(self.K(w), y, w["b"])), self.h)
 
     def K(self, w: Weights) -> Tensor:  # noqa: D102
         return w["K"] - w["K"].mT
@@ -263,13 +269,13 @@ class MS3(Member):
         p, q = y.chunk(2, -1)
         p = _add(p, energy_gradient(q, w["Kq"], w["bq"], self.activation), +self.h)
         q = _add(q, energy_gradient(p, w["Kp"], w["bp"], self.activation), -self.h)
-        return torch.cat([p, q], -1)
+        return _joined(p, q)
 
     def inverse(self, y: Tensor, w: Weights) -> Tensor:  # noqa: D102
         p, q = y.chunk(2, -1)
         q = _add(q, energy_gradient(p, w["Kp"], w["bp"], self.activation), +self.h)
         p = _add(p, energy_gradient(q, w["Kq"], w["bq"], self.activation), -self.h)
-        return torch.cat([p, q], -1)
+        return _joined(p, q)
 
     def K(self, w: Weights) -> Tensor:  # noqa: D102
         zero = torch.zeros_like(w["Kp"])

@@ -61,6 +61,20 @@ ACTIVATIONS = {
 }
 
 
+def times(W_MN: Tensor, y_BN: Tensor) -> Tensor:
+    """`W y` of every row `y` of a batch: `(…, B, N) -> (…, B, M)`.
+
+    The product is taken, and kept in memory, as the paper writes it, with states as columns: with a
+    handful of features that is several times as fast as with rows.
+    """
+    return (W_MN @ y_BN.mT).mT
+
+
+def affine(K_MN: Tensor, y_BN: Tensor, b_M: Tensor) -> Tensor:
+    """`K y + b` of every row `y` of a batch: `(…, B, N) -> (…, B, M)`."""
+    return times(K_MN, y_BN) + b_M
+
+
 def energy(y_BN: Tensor, K_NN: Tensor, b_N: Tensor, activation: Activation) -> Tensor:
     """`H(y) = Σ σ̃(K y + b)` per sample, shape `(B,)`.
 
@@ -69,12 +83,12 @@ def energy(y_BN: Tensor, K_NN: Tensor, b_N: Tensor, activation: Activation) -> T
     """
     if activation.integral is None:
         raise UserError("the energy Σ σ̃(K y + b) needs the integral σ̃ of σ", _MEND)
-    return activation.integral(F.linear(y_BN, K_NN, b_N)).sum(-1)
+    return activation.integral(affine(K_NN, y_BN, b_N)).sum(-1)
 
 
 def energy_gradient(y_BN: Tensor, K_NN: Tensor, b_N: Tensor, activation: Activation) -> Tensor:
     """`∂H/∂y = Kᵀ σ(K y + b)`, shape `(B, N)`."""
-    return activation.value(F.linear(y_BN, K_NN, b_N)) @ K_NN
+    return times(K_NN.mT, activation.value(affine(K_NN, y_BN, b_N)))
 
 
 def skew(X_NN: Tensor) -> Tensor:

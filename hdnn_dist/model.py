@@ -91,10 +91,11 @@ class Layers(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """`y_N` of `y_0`, `(B, features)` or `(B, features, …)`."""
-        y = y.movedim(1, -1)
+        columns = y.movedim(1, 0)  # every pixel of every sample is a state of its own
+        states = columns.flatten(1).mT  # (pixels, features)
         for w in self.weights():
-            y = self.member.step(y, w)
-        return y.movedim(-1, 1)
+            states = self.member.step(states, w)
+        return states.mT.reshape(columns.shape).movedim(0, 1)
 
     def regulariser(self) -> Tensor:
         """`h/2 Σ_j (‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²)`, to be weighted by α."""

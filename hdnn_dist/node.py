@@ -306,7 +306,8 @@ class AgentNode:
             down = phase.adjoint
             inbox = yield down, {m.target: value for m in down.outbound.get(self.i, ())}
             for m in down.inbound.get(self.i, ()):
-                value = inbox[m.source]
+                # A copy lies aligned in memory; products of unaligned numbers round differently.
+                value = inbox[m.source].clone()
         return value
 
     # --- weights ----------------------------------------------------------------------------

@@ -49,9 +49,10 @@ def test_the_norms_are_those_of_the_jacobians(member: str) -> None:
             state = model.propagate(y)[6 - k][sample]
 
             def rest(y: Tensor, k: int = k) -> Tensor:
+                y = y[None]
                 for step in steps[6 - k :]:
                     y = step(y)
-                return y
+                return y[0]
 
             M = jacrev(rest)(state).mT  # M[a, b] = ∂y_N[b]/∂y_{N-k}[a]
             norm = torch.linalg.matrix_norm

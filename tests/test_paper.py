@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 
+import depth
+import mnist
+import numpy as np
 import pytest
+import regulariser
+import ring
 import torch
+import two_d
 
-PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
-
-
-def command(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, PAPER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+BATCH = mnist.BATCH
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +26,6 @@ def _threads() -> object:
 
 
 def test_two_d_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    two_d = command("two_d")
     few = ["--sets", "double_moons", "--layers", "4", "--seeds", "2", "--epochs", "3"]
     two_d.main([*few, "--models", "H1-J1", "--out", str(tmp_path)])
     first = json.loads((tmp_path / "two_d.json").read_text())["cells"]
@@ -43,7 +38,6 @@ def test_two_d_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_two_d_does_not_mix_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--sets", "double_moons", "--layers", "1", "--models", "MS2", "--out", str(tmp_path)]
-    two_d = command("two_d")
     two_d.main([*few, "--seeds", "1", "--epochs", "1"])
     with pytest.raises(SystemExit) as exit:
         two_d.main([*few, "--seeds", "1", "--epochs", "2"])
@@ -53,7 +47,7 @@ def test_two_d_does_not_mix_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_replicas_do_not_disturb_each_other(tmp_path: Path) -> None:
     """The seeds of a stacked net are trained as if alone."""
-    two_d, cells = command("two_d"), []
+    cells = []
     for seeds in ("1", "2"):
         few = ["--sets", "double_moons", "--layers", "2", "--models", "H2", "--epochs", "1"]
         two_d.main([*few, "--seeds", seeds, "--out", str(tmp_path / seeds)])
@@ -64,7 +58,61 @@ def test_replicas_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 def test_ring_tells_the_two_graphs_apart(tmp_path: Path) -> None:
     few = ["--layers", "1", "--epochs", "1", "--seeds", "1", "--ray-seeds", "0"]
-    command("ring").main([*few, "--out", str(tmp_path)])
+    ring.main([*few, "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "ring.json").read_text())["rows"]
     assert rows["ring"]["parameters"] < rows["full"]["parameters"]
     assert rows["ring"]["bytes_per_step"] < rows["full"]["bytes_per_step"]
+
+
+@pytest.mark.cluster
+def test_ring_on_actors_has_the_weights_of_the_local_run(tmp_path: Path, cluster: None) -> None:
+    # The complete graph too: its readout tree hands one actor several copies of one message.
+    few = ["--layers", "2", "--epochs", "1", "--seeds", "1", "--ray-seeds", "1"]
+    ring.main([*few, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "ring.json").read_text())["rows"]
+    for row in rows.values():
+        assert row["ray_accuracy"] == row["accuracy"]
+        assert row["weight_difference"] == row["loss_difference"] == [0]
+
+
+def test_depth_sees_the_gradient_vanish_in_an_MLP_alone(tmp_path: Path) -> None:
+    few = ["--layers", "64", "--seeds", "1", "--steps", "3", "--out", str(tmp_path)]
+    depth.main([*few, "--models", "MLP", "H2", "H2-T"])
+    cells = json.loads((tmp_path / "depth.json").read_text())["cells"]
+    assert cells["MLP 64"]["initial"][0] < 0.5
+    assert min(cells["H2 64"]["initial"][0], cells["H2-T 64"]["trained"][0]) > 1
+    assert "| 64 | " in (tmp_path / "depth.md").read_text()
+
+
+def test_cells_can_be_run_by_several_processes(tmp_path: Path) -> None:
+    few = ["--layers", "4", "--seeds", "1", "--steps", "2", "--models", "MLP", "H2"]
+    for jobs in ("1", "2"):
+        depth.main([*few, "--jobs", jobs, "--out", str(tmp_path / jobs)])
+    once, twice = (json.loads((tmp_path / j / "depth.json").read_text())["cells"] for j in "12")
+    assert once == twice
+
+
+def test_mnist_with_and_without_layers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--data-dir", str(folder), "--layers", "1", "--models", "H2", "--seeds", "1"]
+    mnist.main([*few, "--samples", "200", "--epochs", "1", "--out", str(tmp_path)])
+    cells = json.loads((tmp_path / "mnist.json").read_text())["cells"]
+    assert cells.keys() == {"none 0 0", "H2 1 0"}
+    assert "Without layers" in (tmp_path / "mnist.md").read_text()
+
+
+def test_mnist_moves_a_batch_alike(folder: Path) -> None:
+    x = torch.from_numpy(np.arange(2 * BATCH * 784.0)).view(-1, 1, 28, 28)
+    moved = list(mnist.batches(x, torch.arange(len(x)), 0, Namespace(shift=1), seed=0))
+    assert [len(image) for image, _ in moved] == [BATCH, BATCH]
+    for image, label in moved:
+        shifts = image[:, 0, 9, 9] - x[label, 0, 9, 9]
+        assert (shifts == shifts[0]).all()
+        assert abs(shifts[0]) in (0, 1, 27, 28, 29)
+
+
+def test_regulariser_writes_a_row_for_each_weight(tmp_path: Path) -> None:
+    regulariser.main(["--epochs", "1", "--seeds", "1", "--out", str(tmp_path / "r.md")])
+    rows = (tmp_path / "r.md").read_text().splitlines()[5:]
+    assert [row.split("|")[1].strip() for row in rows] == ["0", "0.0005", "0.005", "0.05"]

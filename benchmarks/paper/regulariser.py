@@ -9,6 +9,7 @@ accuracy, over the seeds.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,14 +63,14 @@ def measure(model: Layers, readout: nn.Linear) -> tuple[float, float, float]:
     return bound / ln10, norms.max().log10().item(), 100 * accuracy
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     default = Path(__file__).parent / "results" / "regulariser.md"
     parser.add_argument("--out", type=Path, default=default)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     lines = [
         f"H2, {LAYERS} layers, {FEATURES} features, h = {H}, double circles 4000/4000, "
