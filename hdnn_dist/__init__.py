@@ -1,7 +1,8 @@
 """Distributed training of Hamiltonian deep networks on a graph of agents.
 
 The calls in `hdnn_dist.api` are what most programs need; `Job`, `Topology`, `HDNN`, `Trainer` and
-the runners are what they are made of. torch and ray are imported with the first of them.
+the runners are what they are made of. `Layers` are those of the family, for any other network.
+torch and ray are imported with the first of them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     from hdnn_dist.api import fit, launch, load, open_run, train
     from hdnn_dist.cluster import RayRunner
     from hdnn_dist.job import Job
-    from hdnn_dist.model import HDNN
+    from hdnn_dist.model import HDNN, Layers
     from hdnn_dist.topology import Topology
     from hdnn_dist.trainer import Listener, LocalRunner, Summary, Trainer
 
 _HOME = {
     "HDNN": "model",
     "Job": "job",
+    "Layers": "model",
     "Listener": "trainer",
     "LocalRunner": "trainer",
     "RayRunner": "cluster",
@@ -38,6 +40,7 @@ _HOME = {
 __all__ = [
     "HDNN",
     "Job",
+    "Layers",
     "Listener",
     "LocalRunner",
     "RayRunner",

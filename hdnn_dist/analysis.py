@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.func import jacrev
 
 from hdnn_dist.errors import UserError
 from hdnn_dist.family import Member, Weights
@@ -214,18 +215,23 @@ def energies(member: Member, weights: Sequence[Weights], states: Sequence[Tensor
 
 @dataclass(frozen=True)
 class Counterexample:
-    """`‖∂y(T)/∂y(T-t)‖` of `ẏ = ε J tanh(y)`.
+    """The BSM `M(t) = ∂y(T)/∂y(T-t)` of `ẏ = ε J tanh(y)`, from `y(0) = y_0`.
 
     Attributes:
         t: times, from `h` to `T`.
-        norms: from `y(0) = y_0`.
-        perturbed: the distance of two solutions that start `γ` apart, over `γ`, at the times `t`.
+        norms: `‖M(t)‖`.
+        entries: the entries `(1, 1)` and `(2, 2)` of `M(t)`.
+        orbit, perturbed_orbit: two solutions that start `γ` apart, at the times `t`.
+        distance: of the two, over `γ`.
         scheme: of the integration.
     """
 
     t: list[float]
     norms: list[float]
-    perturbed: list[float]
+    entries: list[tuple[float, float]]
+    orbit: list[tuple[float, float]]
+    perturbed_orbit: list[tuple[float, float]]
+    distance: list[float]
     scheme: Literal["symplectic Euler"]
 
 
@@ -255,12 +261,22 @@ def counterexample(
         return torch.stack([p, q + h * eps * torch.tanh(p)], -1)
 
     count = round(T / h)
-    y = torch.tensor([y_0], dtype=torch.float64)
-    norms = sensitivities([step] * count, y).norms[:, 0].tolist()
-    pair = torch.cat([y, y * (1 + gamma / y.norm())])  # apart along the ray: on another orbit
-    perturbed = []
+    y = torch.tensor(y_0, dtype=torch.float64)
+    pair = torch.stack([y, y * (1 + gamma / y.norm())])  # apart along the ray: on another orbit
+    path = [pair]
     for _ in range(count):
-        pair = step(pair)
-        perturbed.append(((pair[0] - pair[1]).norm() / gamma).item())
-    times = [h * (k + 1) for k in range(count)]
-    return Counterexample(times, norms, perturbed, "symplectic Euler")
+        path.append(step(path[-1]))
+    M, sensitivity = torch.eye(2, dtype=torch.float64), []
+    for state in reversed(path[:-1]):
+        M = jacrev(step)(state[0]).mT @ M
+        sensitivity.append(M)
+    states, matrices = torch.stack(path[1:]), torch.stack(sensitivity)
+    return Counterexample(
+        t=[h * (k + 1) for k in range(count)],
+        norms=torch.linalg.matrix_norm(matrices, 2).tolist(),
+        entries=matrices.diagonal(dim1=1, dim2=2).tolist(),
+        orbit=states[:, 0].tolist(),
+        perturbed_orbit=states[:, 1].tolist(),
+        distance=((states[:, 0] - states[:, 1]).norm(dim=1) / gamma).tolist(),
+        scheme="symplectic Euler",
+    )

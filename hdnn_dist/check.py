@@ -87,7 +87,7 @@ class Report:
     """All that can be said of a job beforehand. Bytes are those of a training step.
 
     Attributes:
-        topology, data: their names.
+        topology, data, model: their names.
         agents: one by one.
         edges: of the graph; an undirected edge counts once.
         directed, two_way: as in `Topology`.
@@ -114,6 +114,7 @@ class Report:
 
     topology: str
     data: str
+    model: str
     agents: tuple[AgentReport, ...]
     edges: int
     directed: bool
@@ -172,6 +173,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
     report = Report(
         topology=topology.name,
         data=job.data.name,
+        model=architecture.member.name,
         agents=tuple(
             AgentReport(
                 name=agent.name,
@@ -340,7 +342,7 @@ def _graph_section(report: Report) -> Iterator[RenderableType]:
     kind = "directed" if report.directed else "undirected"
     if report.directed and not report.two_way:
         kind += ", one-way links"
-    yield Text(f"{report.topology} learns {report.data}", style="bold")
+    yield Text(f"{report.topology} learns {report.data} by {report.model}", style="bold")
     yield Text(
         f"{len(report.agents)} agents, {report.edges} edges ({kind}), {report.links} links, "
         f"diameter {'infinite' if report.diameter is None else report.diameter}, spectral gap "

@@ -30,12 +30,25 @@ def save_figures(report: Json, folder: Path) -> list[Path]:
 
 
 def save_counterexample(found: Counterexample, file: Path) -> Path:
-    """The growth of the sensitivity, beside that of a distance between two solutions."""
-    figure, axes = _axes("t", r"$\|\partial y(T)/\partial y(T-t)\|$")
-    axes.plot(found.t, found.norms, label="sensitivity")
-    axes.plot(found.t, found.perturbed, "--", label="distance of two solutions, over γ")
+    """Two solutions that drift apart, and the sensitivity that grows with the time between."""
+    figure = _figure()
+    plane, axes = figure.subplots(1, 2, width_ratios=(2, 3))
+    plane.set_title(r"$\dot y = \varepsilon J \tanh(y)$")
+    for orbit, label in ((found.orbit, "y"), (found.perturbed_orbit, "y, γ apart at first")):
+        (line,) = plane.plot(*zip(*orbit, strict=True), linewidth=0.8, label=label)
+        plane.plot(*orbit[-1], "o", color=line.get_color())
+    plane.set_aspect("equal")
+    plane.set_xlabel("$y_1$")
+    plane.set_ylabel("$y_2$")
+    plane.grid(alpha=0.3)
+    plane.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, -0.5), frameon=False)
+    _describe(axes, "t", r"$M(t) = \partial y(T)/\partial y(T-t)$")
+    axes.plot(found.t, found.norms, label="‖M‖")
+    axes.plot(found.t, found.distance, "--", label="distance, over γ")
+    for k, name in enumerate(("$M_{11}$", "$M_{22}$")):
+        axes.plot(found.t, [entry[k] for entry in found.entries], linewidth=0.8, label=name)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":", label="lower bound 1")
-    axes.set_title(r"$\dot y = \varepsilon J \tanh(y)$: the sensitivity grows with t")
+    axes.set_title("grows with t")
     return _save(figure, axes, file)
 
 

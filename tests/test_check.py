@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from hdnn_dist.check import Phase, Report, examine, render
+from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Node
 from hdnn_dist.reader import spec_from_dict
@@ -37,6 +38,31 @@ def shown(found: Report) -> str:
     console.print(render(found))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("topology", "model", "reason"),
+    [
+        ({"directed": True}, {"name": "MS2"}, "'a' does not use that of 'b'"),
+        ({}, {"name": "H1", "J": "J2"}, "the topology has no link from 'c' to 'a'"),
+        ({}, {"name": "MS1", "graph": "J"}, "the graph can enter K alone"),
+        ({}, {"name": "MS3", "train_J": True}, "trains the X of H2"),
+        ({}, {"name": "H2", "J": "J1"}, "that of H2 is fixed"),
+    ],
+)
+def test_a_model_that_the_graph_cannot_have_is_refused(
+    topology: dict[str, Any], model: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(SpecError, match=reason):
+        report(topology=line("abc") | topology, model=model)
+
+
+@pytest.mark.parametrize("name", ["H1", "H2", "MS1", "MS2", "MS3"])
+def test_every_member_runs_on_an_undirected_graph(name: str) -> None:
+    found = report(topology=line("abc"), model={"name": name})
+    assert f"line learns digits by {name}" in shown(found)
+    assert found.layers[0].rounds > 0
+    assert found.parameters < found.dense_parameters
 
 
 def test_a_line_of_three_worked_out_by_hand() -> None:
