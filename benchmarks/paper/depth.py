@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--h", type=float, default=0.1)
     parser.add_argument("--T", type=float, default=4.0)
     parser.add_argument("--lr", type=float, default=0.005)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
     add_options(parser)
     o = parser.parse_args(argv)
     keys = [f"{model} {n}" for n in o.layers for model in o.models]
