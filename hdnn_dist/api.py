@@ -15,9 +15,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-from hdnn_dist.checkpoint import latest_checkpoint, load_agent
+from torch import Tensor
+
+from hdnn_dist.checkpoint import Manifest, from_latest, latest_checkpoint, load_agent
 from hdnn_dist.data import ensure_available
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
@@ -54,7 +57,12 @@ def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runn
 
 
 def fit(
-    runner: Runner, run: Path, listeners: Sequence[Listener] = (), *, tensorboard: bool = True
+    runner: Runner,
+    run: Path,
+    listeners: Sequence[Listener] = (),
+    *,
+    tensorboard: bool = True,
+    stop: Event | None = None,
 ) -> Summary:
     """Train launched agents to the end of their job, from the run's latest checkpoint if any.
 
@@ -63,6 +71,7 @@ def fit(
         run: the run directory (see `hdnn_dist.checkpoint`).
         listeners: are told of the run's course, beside those that write its metrics.
         tensorboard: whether to write TensorBoard events.
+        stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
     """
     step = restore(runner, run) if has_checkpoint(run) else 0
     write_spec(runner.job, run)
@@ -70,7 +79,7 @@ def fit(
     with ExitStack() as stack:
         for listener in (*listeners, *writers):
             stack.callback(listener.close)
-        return Trainer(runner, run, (*listeners, *writers)).fit(step)
+        return Trainer(runner, run, (*listeners, *writers), stop).fit(step)
 
 
 def train(
@@ -141,15 +150,18 @@ def load(run: str | os.PathLike[str]) -> HDNN:
         CheckpointError: the run or its checkpoint cannot be used.
     """
     job = reopen(Path(run))
-    folder, manifest = latest_checkpoint(Path(run))
-    parts = {
-        i: {
-            key.removeprefix("weights/"): value
-            for key, value in load_agent(folder, name, manifest).items()
-            if key.startswith("weights/")
+
+    def weights(folder: Path, manifest: Manifest) -> dict[int, dict[str, Tensor]]:
+        return {
+            i: {
+                key.removeprefix("weights/"): value
+                for key, value in load_agent(folder, name, manifest).items()
+                if key.startswith("weights/")
+            }
+            for i, name in enumerate(job.topology.names)
         }
-        for i, name in enumerate(job.topology.names)
-    }
+
+    parts = from_latest(Path(run), weights)
     model = HDNN(job.architecture, job.dtype)
     model.load_state_dict(job.architecture.assemble(parts))
     return model

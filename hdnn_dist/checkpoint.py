@@ -20,23 +20,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hdnn_dist.errors import CheckpointError
+from hdnn_dist.errors import CheckpointError, DamagedError
 
 FORMAT = 1
-KEEP = 3  # checkpoints of a run that are kept
+log = logging.getLogger("hdnn_dist")
 
 
 class Totals(BaseModel):
@@ -66,6 +67,7 @@ class Manifest(BaseModel):
         state: `hdnn_dist.trainer.state_digest` of the job that wrote it.
         files: SHA-256 by agent.
         totals: of the run so far.
+        accuracy: on the test set after these steps; None if it was not looked at.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -75,6 +77,12 @@ class Manifest(BaseModel):
     state: str
     files: dict[str, str]
     totals: Totals
+    accuracy: float | None = None
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where a run has its checkpoint after so many steps."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def agent_file(folder: Path, name: str) -> Path:
@@ -99,18 +107,18 @@ def load_agent(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{file}: cannot be read ({error.strerror})", "restore it or use an older checkpoint"
         ) from None
     if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
-        raise CheckpointError(
+        raise DamagedError(
             f"{file}: its SHA-256 is not the manifest's: the file is damaged",
             "restore it or remove this checkpoint's folder to use the one before",
         )
     try:
         return load(content)
     except SafetensorError as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{file}: not a safetensors file ({error})", "use an older checkpoint"
         ) from None
 
@@ -121,8 +129,12 @@ def write_checkpoint(
     state: str,
     totals: Totals,
     save_agents: Callable[[Path], dict[str, str]],
+    *,
+    accuracy: float | None = None,
+    keep_last: int = 3,
+    keep_best: bool = False,
 ) -> Path:
-    """Write a checkpoint, whole or not at all, and drop the oldest beyond the last few.
+    """Write a checkpoint, whole or not at all, and drop those that need not be kept.
 
     Args:
         run: the run directory.
@@ -130,37 +142,90 @@ def write_checkpoint(
         state: digest of what the agents' states belong to.
         totals: of the run so far.
         save_agents: writes every agent's file into a folder and returns the checksums by agent.
+        accuracy: on the test set after these steps, if it was looked at.
+        keep_last: how many of the newest are kept.
+        keep_best: whether the one with the best accuracy is kept beside them.
     """
-    folder = run / "checkpoints"
-    final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
+    final = checkpoint_folder(run, step)
+    partial = final.with_name(f".partial-{step:08d}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    manifest = Manifest(step=step, state=state, files=save_agents(partial), totals=totals)
+    manifest = Manifest(
+        step=step, state=state, files=save_agents(partial), totals=totals, accuracy=accuracy
+    )
     _write(partial / "manifest.json", manifest.model_dump_json(indent=2).encode())
     if final.exists():  # a resumed run that comes past the same step again
         shutil.rmtree(final)
     os.replace(partial, final)
-    for old in checkpoints(run)[:-KEEP]:
-        shutil.rmtree(old)
+    best = best_checkpoint(run) if keep_best else None
+    for old in checkpoints(run)[:-keep_last]:
+        if old != best:
+            shutil.rmtree(old)
     return final
 
 
-def latest_checkpoint(run: Path) -> tuple[Path, Manifest]:
-    """The newest checkpoint of a run.
+def best_checkpoint(run: Path) -> Path | None:
+    """The newest of those checkpoints that had the best accuracy; None if none was looked at."""
+    accuracies = {}
+    for folder in checkpoints(run):
+        try:
+            accuracies[folder] = read_manifest(folder).accuracy
+        except CheckpointError:  # it cannot be the best
+            continue
+    known = {folder: a for folder, a in accuracies.items() if a is not None}
+    return max(reversed(known), key=known.__getitem__, default=None)
+
+
+Result = TypeVar("Result")
+
+
+def from_latest(run: Path, use: Callable[[Path, Manifest], Result]) -> Result:
+    """What `use` makes of a run's newest checkpoint, or where that is damaged, of one before it.
+
+    A damaged one is left as it is, and named in a warning of the logger `hdnn_dist`.
+
+    Args:
+        run: the run directory.
+        use: loads a checkpoint from its folder; raises `DamagedError` where files are not good.
 
     Raises:
-        CheckpointError: there is none, or its manifest is damaged.
+        CheckpointError: there is none, none that is whole, or `use` refuses it.
     """
-    found = checkpoints(run)
-    if not found:
-        raise CheckpointError(
-            f"{run}: no checkpoint in it", "name a run directory that a training run has written"
-        )
-    file = found[-1] / "manifest.json"
+    damage: list[DamagedError] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            return use(folder, read_manifest(folder))
+        except DamagedError as error:
+            damage.append(error)
+            log.warning("%s; trying the checkpoint before it", error.problem)
+    if damage:
+        raise damage[0]
+    raise CheckpointError(
+        f"{run}: no checkpoint in it", "name a run directory that a training run has written"
+    )
+
+
+def latest_checkpoint(run: Path) -> tuple[Path, Manifest]:
+    """The newest checkpoint of a run whose manifest is whole.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return from_latest(run, lambda folder, manifest: (folder, manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint says of itself.
+
+    Raises:
+        DamagedError: it says nothing that can be read.
+        CheckpointError: it is of another version.
+    """
+    file = folder / "manifest.json"
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
-        raise CheckpointError(
+        raise DamagedError(
             f"{file}: missing or damaged", "remove this checkpoint's folder to use the one before"
         ) from None
     if manifest.format != FORMAT:
@@ -168,7 +233,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, Manifest]:
             f"{file}: format {manifest.format}, but this version reads {FORMAT}",
             "use the version of hdnn-dist that wrote it",
         )
-    return found[-1], manifest
+    return manifest
 
 
 def to_json(content: object, indent: int | None = None) -> str:

@@ -121,6 +121,26 @@ def _tidy_up_from_here() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextmanager
+def _interrupt_sets(stop: threading.Event) -> Iterator[threading.Event]:
+    """Ctrl-C asks for an end in good order; a second one does not wait for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        os.write(2, b"saving a checkpoint; Ctrl-C again ends at once\n")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _report(error: HdnnError | OSError) -> int:
     """Print an error; its exit code."""
     said = str(error)
@@ -195,7 +215,8 @@ def train(
         options = (" --local" if local else "") + (f" --address {address}" if address else "")
         hint = f"continue with: hdnn-dist train --resume {folder}{options}"
         try:
-            summary = fit(runner, folder, [view(Console())], tensorboard=tensorboard)
+            with _interrupt_sets(threading.Event()) as stop:
+                summary = fit(runner, folder, [view(Console())], tensorboard=tensorboard, stop=stop)
         except KeyboardInterrupt:
             print(f"interrupted; {hint}", file=sys.stderr)
             raise typer.Exit(130) from None

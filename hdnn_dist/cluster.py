@@ -41,6 +41,7 @@ from hdnn_dist.data import Part, ensure_available
 from hdnn_dist.errors import (
     AgreementError,
     HdnnError,
+    LostError,
     PlacementError,
     RunError,
     TransportError,
@@ -67,9 +68,9 @@ class AgentActor:
         """Answer, even while another method is blocked in a round."""
 
     def node(self) -> str:
-        """The id of the node that the actor is on."""
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
+        """The node that the actor is on: its address, and the first digits of its id."""
+        id: str = ray.get_runtime_context().get_node_id()
+        return f"{ray.util.get_node_ip_address()} ({id[:8]})"
 
     def open_store(self, timeout: float) -> tuple[str, int]:
         """Open the store at which the group meets, on a port that is free; rank 0 alone."""
@@ -177,6 +178,7 @@ class RayRunner:
         self.job = job
         self.timeout = job.spec.cluster.timeout
         self._actors: list[Any] = []
+        self._nodes: list[str] = []
         self._group: PlacementGroup | None = None
         self._own_ray = not ray.is_initialized()
         # Actors that fail because another one did are asked about it, not reported one by one.
@@ -184,13 +186,18 @@ class RayRunner:
         try:
             if self._own_ray:
                 _start(address_of(job.spec.cluster, address))
-            cores = ray.cluster_resources().get("CPU", 1)
-            self.packing = pack(job.topology, job.spec.cluster, int(cores))
-            self._place(demands(job.topology, self.packing, cores))
-            self._form()
+            self.reform()
         except BaseException:
             self.close()
             raise
+
+    def reform(self) -> None:
+        """See `Runner`: the actors there are make room for new ones."""
+        self._disband()
+        cores = ray.cluster_resources().get("CPU", 1)
+        self.packing = pack(self.job.topology, self.job.spec.cluster, int(cores))
+        self._place(demands(self.job.topology, self.packing, cores))
+        self._form()
 
     def _place(self, wanted: Sequence[Demand]) -> None:
         """Reserve a bundle of resources an actor, all or none, and start the actors there."""
@@ -227,7 +234,7 @@ class RayRunner:
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
-        self._nodes: list[str] = self._all("node")
+        self._nodes = self._all("node")
         first_on_node = [self._nodes.index(node) for node in dict.fromkeys(self._nodes)]
         self._ask([(rank, "prepare", (self.job.spec,)) for rank in first_on_node])
         size = len(self._actors)
@@ -289,14 +296,18 @@ class RayRunner:
         self._all("load", folder.absolute(), manifest)
 
     def close(self) -> None:  # noqa: D102
-        with contextlib.ExitStack() as stack:  # each step is taken even if one before it fails
+        with contextlib.ExitStack() as stack:
             if self._own_ray:
                 stack.callback(ray.shutdown)
+            stack.callback(self._disband)
+
+    def _disband(self) -> None:
+        with contextlib.ExitStack() as stack:  # each step is taken even if one before it fails
             if self._group is not None:
                 stack.callback(remove_placement_group, self._group)
             for actor in self._actors:
                 stack.callback(ray.kill, actor)
-            self._actors, self._group = [], None
+            self._actors, self._nodes, self._group = [], [], None
 
     def _all(self, method: str, *arguments: object) -> list[Any]:
         return self._ask([(rank, method, arguments) for rank in range(len(self._actors))])
@@ -346,10 +357,10 @@ class RayRunner:
                 return cause
         for rank, failure in failed.items():
             if isinstance(failure, RayActorError):
-                return RunError(f"{self._who(rank)} died: {_in_short(failure)}")
+                return LostError(f"{self._who(rank)} died: {_in_short(failure)}")
         if silent:
             who = " and ".join(self._who(pings[call]) for call in silent)
-            return RunError(f"{who} did not answer: its process is stopped, or its network is cut")
+            return LostError(f"{who} did not answer: its process is stopped, or its network is cut")
         for rank, failure in failed.items():
             if not isinstance(causes.get(rank), TransportError):
                 return RunError(f"{self._who(rank)} failed:\n{failure}")
@@ -358,7 +369,8 @@ class RayRunner:
 
     def _who(self, rank: int) -> str:
         names = ", ".join(self.job.topology.names[i] for i in self.packing[rank])
-        return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}"
+        node = f" on node {self._nodes[rank]}" if self._nodes else ""
+        return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}{node}"
 
 
 def cluster_nodes(address: str) -> list[Node]:
@@ -439,6 +451,7 @@ def _in_short(error: RayError) -> str:
     """The first and the last line of what Ray says, without colours."""
     lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()]
     lines = [line for line in lines if line]
+    lines = [line.partition(" Some common causes")[0] for line in lines if line]
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 

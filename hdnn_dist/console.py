@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.errors import LostError
 from hdnn_dist.trainer import Listener, Progress, Runner
 
 QUIET = 5.0  # seconds between two plain lines, at least
@@ -67,6 +68,11 @@ def verdict(step: int, epoch: int, evaluation: Evaluation) -> str:
     )
 
 
+def loss(cause: LostError, restart: int) -> str:
+    """What was lost, in a line."""
+    return f"lost: {cause}\nrestart {restart}: all agents start anew, from the last checkpoint"
+
+
 class _TwoRows(Bar):
     """A bar with figures below it, which go on in the next row where a terminal is narrow."""
 
@@ -101,6 +107,8 @@ class LiveView(Listener):
             self.console.print(line, highlight=False, markup=False)
         job = runner.job
         self._bytes = job.bytes_per_step
+        if self._task is not None:
+            self._bar.remove_task(self._task)
         epoch = f"{step // job.steps_per_epoch + 1}/{job.spec.training.epochs}"
         self._task = self._bar.add_task(
             "", total=job.steps, completed=step, epoch=epoch, left="", figures=()
@@ -119,6 +127,9 @@ class LiveView(Listener):
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
         self.console.print(verdict(step, epoch, evaluation), highlight=False)
+
+    def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
+        self.console.print(loss(cause, restart), highlight=False, markup=False)
 
     def close(self) -> None:  # noqa: D102
         self._bar.stop()
@@ -149,6 +160,9 @@ class PlainView(Listener):
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
         self._print(verdict(step, epoch, evaluation))
+
+    def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
+        self._print(loss(cause, restart))
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

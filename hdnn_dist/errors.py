@@ -7,10 +7,12 @@
     │   ├── SpecError               a value in the YAML spec or in ``--set``; knows its place
     │   ├── DataError               data files that are missing, damaged or do not fit the agents
     │   ├── CheckpointError         a run directory or checkpoint that cannot be used
+    │   │   └── DamagedError        files of a checkpoint that are missing or not as written
     │   └── PlacementError          the cluster cannot hold the job
     └── RunError (RuntimeError)     the job failed while running; the command line exits with 1
         ├── AgreementError          the actors do not hold the same topology and plan
-        └── TransportError          a message could not be sent or received
+        └── LostError               actors died, stopped or lost their network; others may go on
+            └── TransportError      a message could not be sent or received
 
 A message says what was given, what was expected and how to mend it. Our own bugs are
 ``AssertionError``s and are never caught.
@@ -74,6 +76,10 @@ class CheckpointError(UserError):
     """A run directory or checkpoint cannot be used."""
 
 
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are missing or not as they were written; one before it may be good."""
+
+
 class PlacementError(UserError):
     """The cluster cannot hold the job."""
 
@@ -86,7 +92,11 @@ class AgreementError(RunError):
     """The actors do not hold the same topology and plan."""
 
 
-class TransportError(RunError):
+class LostError(RunError):
+    """Actors died, stopped or lost their network: the job can go on from a checkpoint."""
+
+
+class TransportError(LostError):
     """A message could not be sent or received; names the agents and the round."""
 
 

@@ -39,6 +39,7 @@ class JsonLines(Listener):
 
     def started(self, runner: Runner, step: int) -> None:
         """See `Listener`; so too below."""
+        self.close()
         self._steps_per_epoch = runner.job.steps_per_epoch
         kept = [line for line, record in _lines(self.path) if record["step"] <= step]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
@@ -117,6 +118,7 @@ class TensorBoard(Listener):
 
     def started(self, runner: Runner, step: int) -> None:
         """See `Listener`; so too below."""
+        self.close()
         # Imported here: it takes a second that runs without TensorBoard need not wait for.
         from torch.utils.tensorboard import SummaryWriter
 

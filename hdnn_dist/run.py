@@ -11,7 +11,13 @@ from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
-from hdnn_dist.checkpoint import Manifest, checkpoints, latest_checkpoint, write_text
+from hdnn_dist.checkpoint import (
+    Manifest,
+    checkpoints,
+    from_latest,
+    latest_checkpoint,
+    write_text,
+)
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import dump_spec
@@ -23,7 +29,7 @@ MAY_CHANGE = re.compile(
     r"cluster(\..*)?"
     r"|data\.dir"
     r"|topology\.agents\.\d+\.(cpu|gpu|resources|labels)(\..*)?"
-    r"|training\.(epochs|eval_every|checkpoint_every|clip_norm|alpha|shift|schedule(\..*)?)"
+    r"|training\.(epochs|eval_every|checkpoint_every|keep_last|keep_best|clip_norm|alpha|shift|schedule(\..*)?)"
     r"|training\.optimizer\.(lr|momentum|betas|weight_decay)(\..*)?"
 )
 _SHOWN = 5  # changed keys that an error names
@@ -122,9 +128,13 @@ def restore(runner: Runner, run: Path) -> int:
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged, of another job, or past its end.
     """
-    folder, manifest = _checkpoint_of(runner.job, run)
-    runner.load(folder, manifest)
-    return manifest.step
+
+    def use(folder: Path, manifest: Manifest) -> int:
+        _check_belongs(runner.job, run, folder, manifest)
+        runner.load(folder, manifest)
+        return manifest.step
+
+    return from_latest(run, use)
 
 
 def finished(job: Job, run: Path) -> Summary | None:
@@ -135,12 +145,12 @@ def finished(job: Job, run: Path) -> Summary | None:
     """
     if not has_checkpoint(run):
         return None
-    step = _checkpoint_of(job, run)[1].step
-    return read_summary(run, step) if step == job.steps else None
-
-
-def _checkpoint_of(job: Job, run: Path) -> tuple[Path, Manifest]:
     folder, manifest = latest_checkpoint(run)
+    _check_belongs(job, run, folder, manifest)
+    return read_summary(run, manifest.step) if manifest.step == job.steps else None
+
+
+def _check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None:
     if manifest.state != state_digest(job):
         raise CheckpointError(
             f"{folder}: written by agents of another topology, model or data split than that of "
@@ -153,7 +163,6 @@ def _checkpoint_of(job: Job, run: Path) -> tuple[Path, Manifest]:
             f"{job.steps}",
             f"set training.epochs to {-(-manifest.step // job.steps_per_epoch)} or more",
         )
-    return folder, manifest
 
 
 def has_checkpoint(run: Path) -> bool:

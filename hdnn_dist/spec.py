@@ -471,6 +471,11 @@ class TrainingSpec(Section):
         default=1, description="Epochs between two evaluations on the test set."
     )
     checkpoint_every: Count = Field(default=1, description="Epochs between two checkpoints.")
+    keep_last: Count = Field(default=3, description="How many of the newest checkpoints are kept.")
+    keep_best: bool = Field(
+        default=True,
+        description="Whether the checkpoint with the best test accuracy is kept beside them.",
+    )
 
 
 # --- cluster -------------------------------------------------------------------------------------
@@ -492,6 +497,11 @@ class ClusterSpec(Section):
     timeout: Positive = Field(
         default=60.0,
         description="Seconds after which a message or a placement that does not come fails.",
+    )
+    max_restarts: Annotated[int, Field(ge=0, le=10**6)] = Field(
+        default=3,
+        description="How often a run goes on by itself from its last checkpoint, on the machines "
+        "that are left, after it has lost actors.",
     )
     threads: Threads | None = Field(
         default=None,

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,12 +23,15 @@ from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import (
     Manifest,
     Totals,
-    latest_checkpoint,
+    checkpoint_folder,
+    checkpoints,
+    from_latest,
+    read_manifest,
     write_checkpoint,
     write_json,
 )
 from hdnn_dist.data import Part
-from hdnn_dist.errors import RunError
+from hdnn_dist.errors import LostError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
@@ -76,6 +80,10 @@ class Runner(Protocol):
         """Put back what `save` wrote."""
         ...
 
+    def reform(self) -> None:
+        """Start all agents anew, at their initial weights, where there is room for them."""
+        ...
+
     def close(self) -> None:
         """Let go of everything."""
         ...
@@ -91,8 +99,7 @@ class LocalRunner:
     def __init__(self, job: Job) -> None:
         self.job = job
         torch.set_num_threads(job.spec.cluster.threads or 1)
-        M = len(job.topology.agents)
-        self.worker = Worker(job, range(M), InProcess(job.architecture.patterns.S))
+        self.reform()
 
     def describe(self) -> str:
         """See `Runner`; so too below."""
@@ -125,6 +132,10 @@ class LocalRunner:
 
     def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
         self.worker.load(folder, manifest)
+
+    def reform(self) -> None:  # noqa: D102
+        agents = range(len(self.job.topology.agents))
+        self.worker = Worker(self.job, agents, InProcess(self.job.architecture.patterns.S))
 
     def close(self) -> None:  # noqa: D102
         pass
@@ -172,6 +183,7 @@ class Summary:
         bytes_sent: between agents, counted at the transport, evaluations included.
         parameters: of all agents.
         placement: what ran where.
+        restarts: after losses, by the process that ended the run.
     """
 
     run: str
@@ -187,13 +199,17 @@ class Summary:
     bytes_sent: int
     parameters: int
     placement: str
+    restarts: int = 0
 
 
 class Listener:
     """Is told of a run's course; every method may be left as it is."""
 
     def started(self, runner: Runner, step: int) -> None:
-        """Training begins (or goes on) after `step` steps."""
+        """Training begins, or goes on after `step` steps: what was told of later ones is void."""
+
+    def lost(self, cause: LostError, restart: int) -> None:
+        """Actors were lost; the run goes on from its last checkpoint, for the n-th time."""
 
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
         """Some steps were taken."""
@@ -218,27 +234,68 @@ class Trainer:
         runner: where the agents live.
         run: the run directory.
         listeners: are told of the run's course.
+        stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
     """
 
-    def __init__(self, runner: Runner, run: Path, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        run: Path,
+        listeners: Sequence[Listener] = (),
+        stop: Event | None = None,
+    ) -> None:
         self.runner, self.run, self.listeners = runner, run, listeners
+        self.stop = Event() if stop is None else stop
 
     def fit(self, step: int = 0) -> Summary:
         """Train to the last epoch, evaluating and saving on the way.
 
-        A run that is complete already is left as it is, and its summary returned.
+        When actors are lost, all are started anew where there is room, and the run goes on from its
+        last checkpoint (from the initial weights, before the first one), `cluster.max_restarts`
+        times. A run that is complete already is left as it is, and its summary returned.
 
         Args:
             step: steps already taken: those of the run's latest checkpoint, or none.
 
         Raises:
+            KeyboardInterrupt: `stop` was set; a checkpoint of this very step is there.
+            LostError: actors were lost once more than `cluster.max_restarts`.
             RunError: the loss is not a finite number any more; the last checkpoint is good.
         """
+        budget, restarts = self.runner.job.spec.cluster.max_restarts, 0
+        cause: LostError | None = None
+        while True:
+            try:
+                if cause is not None:
+                    self.runner.reform()
+                    step = self._restore()
+                return self._fit(step, restarts)
+            except LostError as error:
+                if restarts == budget:
+                    raise
+                restarts, cause = restarts + 1, error
+                self._tell("lost", error, restarts)
+
+    def _restore(self) -> int:
+        """Load the latest checkpoint, if there is one; the steps that it has taken."""
+        if not checkpoints(self.run):
+            return 0
+
+        def load(folder: Path, manifest: Manifest) -> int:
+            self.runner.load(folder, manifest)
+            return manifest.step
+
+        return from_latest(self.run, load)
+
+    def _fit(self, step: int, restarts: int) -> Summary:
+        """Train from `step` to the end."""
         job, runner = self.runner.job, self.runner
         training, per_epoch = job.spec.training, job.steps_per_epoch
         if step == job.steps and (written := read_summary(self.run, step)) is not None:
             return written
-        before_us = latest_checkpoint(self.run)[1].totals if step else Totals()
+        before_us = Totals()
+        if step:
+            before_us = read_manifest(checkpoint_folder(self.run, step)).totals
         training_seconds, best = before_us.training_seconds, before_us.best_test_accuracy
         started, sent = time.perf_counter(), self._sent()
 
@@ -250,28 +307,43 @@ class Trainer:
                 best_test_accuracy=best,
             )
 
-        evaluation, chunk = None, 1
+        def save() -> None:
+            write_checkpoint(
+                self.run,
+                step,
+                state_digest(job),
+                totals(),
+                runner.save,
+                accuracy=None if evaluation is None else evaluation.accuracy,
+                keep_last=training.keep_last,
+                keep_best=training.keep_best,
+            )
+
+        evaluation: Evaluation | None = None  # of the weights after `step` steps
+        chunk = 1
         self._tell("started", runner, step)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
             before = time.perf_counter()
-            results = runner.train(count)
+            results = self._train(step, count)
             _check_finite(results)
             seconds = time.perf_counter() - before
             training_seconds += seconds
-            step += count
+            step, evaluation = step + count, None
             chunk = max(1, round(count * REPORT_EVERY / seconds))
             self._tell("stepped", results, self._progress(step, results, seconds))
             epoch, position = divmod(step, per_epoch)
-            if position:
-                continue
-            self._tell("differentiated", step, epoch, runner.gradient_squares().sqrt().tolist())
-            if epoch % training.eval_every == 0 or step == job.steps:
-                evaluation = runner.evaluate()
-                best = max(best, evaluation.accuracy)
-                self._tell("evaluated", step, epoch, evaluation)
-            if epoch % training.checkpoint_every == 0 or step == job.steps:
-                write_checkpoint(self.run, step, state_digest(job), totals(), runner.save)
+            ends, stopped = step == job.steps, self.stop.is_set()
+            if not position:
+                self._tell("differentiated", step, epoch, runner.gradient_squares().sqrt().tolist())
+                if epoch % training.eval_every == 0 or ends:
+                    evaluation = runner.evaluate()
+                    best = max(best, evaluation.accuracy)
+                    self._tell("evaluated", step, epoch, evaluation)
+            if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
+                save()
+            if stopped and not ends:
+                raise KeyboardInterrupt
         if evaluation is None:  # all steps were taken, but the summary is not there
             evaluation = runner.evaluate()
             best = max(best, evaluation.accuracy)
@@ -285,11 +357,19 @@ class Trainer:
             bytes_per_step=job.bytes_per_step,
             parameters=job.parameters,
             placement=runner.describe(),
+            restarts=restarts,
             **totals().model_dump(),
         )
         write_json(self.run / "summary.json", asdict(summary))
         self._tell("ended", summary)
         return summary
+
+    def _train(self, step: int, count: int) -> list[StepResult]:
+        try:
+            return self.runner.train(count)
+        except LostError as error:
+            steps = f"steps {step + 1} to {step + count}" if count > 1 else f"step {step + 1}"
+            raise LostError(f"{steps}: {error}") from None
 
     def _progress(self, step: int, results: Sequence[StepResult], seconds: float) -> Progress:
         job = self.runner.job

@@ -2,26 +2,33 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import ClassVar
 
 import pytest
+import torch
 
 import hdnn_dist
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import (
     Totals,
+    best_checkpoint,
+    checkpoints,
     latest_checkpoint,
     to_json,
     write_checkpoint,
     write_json,
 )
 from hdnn_dist.data import Part
-from hdnn_dist.errors import CheckpointError, RunError
+from hdnn_dist.errors import CheckpointError, LostError, RunError
 from hdnn_dist.job import Job
+from hdnn_dist.metrics import read_metrics
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.run import create, has_checkpoint, reopen, restore, vacant
-from hdnn_dist.trainer import LocalRunner, state_digest
+from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner, state_digest
 
 
 def tiny(**changes: object) -> Job:
@@ -247,6 +254,118 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(CheckpointError, match=r"a3\.safetensors: cannot be read"):
         hdnn_dist.load(summary.run)
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = ["data.train_samples=128", "model.layers=1", "training.epochs=4"]
+    whole = hdnn_dist.train(overrides=overrides, run=tmp_path / "whole", local=True)
+    run = Path(hdnn_dist.train(overrides=overrides, run=tmp_path / "run", local=True).run)
+    damage(run / "checkpoints" / "step-00000008" / "a3.safetensors")
+    (run / "checkpoints" / "step-00000006" / "manifest.json").write_text("{")
+    (run / "summary.json").unlink()
+    with hdnn_dist.open_run(run, local=True) as (_, step):
+        assert step == 4
+    assert "a3.safetensors: its SHA-256 is not the manifest's" in caplog.text
+    assert "step-00000006/manifest.json: missing or damaged" in caplog.text
+    again = hdnn_dist.fit(LocalRunner(reopen(run)), run)
+    assert again.test_loss == whole.test_loss
+    for folder in (run / "checkpoints").iterdir():
+        damage(folder / "a1.safetensors")
+    with pytest.raises(CheckpointError, match=r"step-00000008/a1\.safetensors: its SHA-256"):
+        hdnn_dist.load(run)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(run: Path) -> None:
+    def save(step: int, accuracy: float | None) -> None:
+        def agents(folder: Path) -> dict[str, str]:
+            return {}
+
+        write_checkpoint(
+            run, step, "", Totals(), agents, accuracy=accuracy, keep_last=2, keep_best=True
+        )
+
+    for step, accuracy in enumerate([0.5, 0.9, None, 0.9, 0.8, 0.7, None], 1):
+        save(step, accuracy)
+    assert [folder.name[-1] for folder in checkpoints(run)] == ["4", "6", "7"]
+    best = best_checkpoint(run)
+    assert best is not None
+    (best / "manifest.json").write_text("")
+    save(8, None)
+    assert [folder.name[-1] for folder in checkpoints(run)] == ["6", "7", "8"]
+    assert best_checkpoint(run) == checkpoints(run)[0]
+
+
+class Frail(LocalRunner):
+    """Loses its agents before some steps, once each."""
+
+    def __init__(self, job: Job, *before: int) -> None:
+        super().__init__(job)
+        self.before = list(before)
+
+    def train(self, steps: int) -> list[StepResult]:
+        if self.before and self.worker.step + steps > self.before[0]:
+            self.before.pop(0)
+            raise LostError("an actor died")
+        return super().train(steps)
+
+
+class Diary(Listener):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def started(self, runner: Runner, step: int) -> None:
+        self.events.append(("started", step))
+
+    def lost(self, cause: LostError, restart: int) -> None:
+        self.events.append((str(cause), restart))
+
+
+def test_a_run_that_loses_agents_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    job = tiny(training={"batch_size": 16, "epochs": 4, "shift": 0})
+    quiet = hdnn_dist.train(job, run=tmp_path / "quiet", local=True)
+    diary, run = Diary(), create(job, tmp_path / "run")
+    summary = hdnn_dist.fit(Frail(job, 2, 6, 11), run, [diary])
+    starts = [step for event, step in diary.events if event == "started"]
+    assert starts == [0, 0, 4, 8]
+    cause, restart = diary.events[1]
+    assert re.fullmatch(r"steps? \d.*: an actor died", cause)
+    assert restart == 1
+    assert summary.restarts == 3
+    assert (summary.test_loss, summary.bytes_sent) == (quiet.test_loss, quiet.bytes_sent)
+    ours, theirs = hdnn_dist.load(run).state_dict(), hdnn_dist.load(quiet.run).state_dict()
+    assert all(torch.equal(ours[name], w) for name, w in theirs.items())
+    steps = [r["step"] for r in read_metrics(run) if r["kind"] == "train"]
+    assert steps == list(range(1, 17))
+
+
+def test_a_run_gives_up_when_its_restarts_are_spent(tmp_path: Path) -> None:
+    job = tiny(training={"batch_size": 16}, cluster={"max_restarts": 1})
+    with pytest.raises(LostError, match="an actor died"):
+        hdnn_dist.fit(Frail(job, 5, 6), create(job, tmp_path / "run"))
+
+
+def test_a_run_that_is_told_to_stop_saves_this_very_step(tmp_path: Path) -> None:
+    class Stopper(Listener):
+        def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
+            if progress.step >= 3:
+                stop.set()
+
+    stop = Event()
+    job = tiny(training={"batch_size": 16, "epochs": 4})
+    quiet = hdnn_dist.train(job, run=tmp_path / "quiet", local=True)
+    run = create(job, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        hdnn_dist.fit(LocalRunner(job), run, [Stopper()], stop=stop)
+    assert latest_checkpoint(run)[1].step >= 3
+    assert hdnn_dist.fit(LocalRunner(job), run).test_loss == quiet.test_loss
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_checkpoints(tmp_path: Path) -> None:
