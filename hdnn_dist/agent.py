@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class StepResult:
         correct: how many of the batch were classified rightly.
         samples: size of the batch.
         lr: learning rate.
-        grad_norm: of all agents, before clipping; None without clipping.
+        grad_norm: of all agents, before clipping; None where it is not asked for.
     """
 
     step: int
@@ -55,6 +56,26 @@ class Evaluation:
     loss: float
     accuracy: float
     samples: int
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """A number that is not finite where an agent first met one in a step; the earliest sorts first.
+
+    Attributes:
+        step: from 1.
+        rounds: layers that the step had gone through, forward and then back.
+        agent: whose.
+        what: the number.
+    """
+
+    step: int
+    rounds: int
+    agent: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.what} of agent {self.agent!r} is not finite"
 
 
 class Agent:
@@ -86,6 +107,7 @@ class Agent:
         self._features: dict[Part, Tensor] = {}
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
+        self.fault: Fault | None = None  # of the last step
         self.gradient_squares = torch.empty(0)  # own ‖∂loss/∂y_j‖², at the last step of an epoch
 
     # --- data: own columns, and at the root the labels -----------------------------------------
@@ -125,9 +147,13 @@ class Agent:
     # --- what an agent does --------------------------------------------------------------------
 
     def train_step(self, step: int) -> Exchange[StepResult | None]:
-        """Forward, loss at the root, backward, local optimiser step. `step` counts from 0."""
+        """Forward, loss at the root, backward, local optimiser step. `step` counts from 0.
+
+        An agent with a `fault` keeps its weights, and with `on_nonfinite: skip` all agents do.
+        """
         index = self._batch(step)
         scores = yield from self.node.forward(self._inputs(step, index))
+        first_state = self.node.first_nonfinite_state()
         loss, correct, scores_bar = 0.0, 0, None
         if self.is_root:
             loss, correct, scores_bar = cross_entropy(scores, self.labels("train")[index])
@@ -136,12 +162,32 @@ class Agent:
         if (step + 1) % self.job.steps_per_epoch == 0:
             self.gradient_squares = torch.stack([c.double().square().sum() for c in cotangents])
         self._regularise()
+        self.fault = self._find_fault(step, first_state, cotangents)
         norm = yield from self._clip()
         lr = self._set_learning_rate(step)
-        self.optimizer.step()
+        if self.fault is None and (norm is None or math.isfinite(norm)):
+            self.optimizer.step()
         if not self.is_root:
             return None
         return StepResult(step + 1, loss / len(index), correct, len(index), lr, norm)
+
+    def _find_fault(
+        self, step: int, first_state: int | None, cotangents: Sequence[Tensor]
+    ) -> Fault | None:
+        """The first number of a step that is not finite, if there is one."""
+        N = len(cotangents) - 1
+        if first_state is not None:
+            return Fault(step + 1, first_state, self.name, f"the state y_{first_state}")
+        gradients = self.node.gradients
+        if torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+            return None
+        for j in reversed(range(N + 1)):
+            if not torch.isfinite(cotangents[j]).all():
+                return Fault(step + 1, 2 * N - j, self.name, f"the cotangent ∂loss/∂y_{j}")
+        for name, gradient in gradients.items():
+            if not torch.isfinite(gradient).all():
+                return Fault(step + 1, 2 * N + 1, self.name, f"the gradient of {name}")
+        return Fault(step + 1, 2 * N + 1, self.name, "the norm of the gradient")
 
     def evaluate(self, part: Part, start: int, stop: int) -> Exchange[tuple[float, int] | None]:
         """Summed loss and number of right answers over some samples; None but at the root."""
@@ -220,14 +266,16 @@ class Agent:
 
     def _clip(self) -> Exchange[float | None]:
         """Scale the gradient to the norm of `clip_norm`, summed over all agents up a tree."""
-        if (limit := self.job.spec.training.clip_norm) is None:
+        training = self.job.spec.training
+        if training.clip_norm is None and training.on_nonfinite != "skip":
             return None
         gradients = self.node.gradients.values()
         square = torch.stack([g.square().sum() for g in gradients]).sum().reshape(1, 1)
         square = yield from self.node.collect(self.job.plan.norm, square)
         square = yield from self.node.spread(self.job.plan.norm, square)
         norm = square.sqrt().item()
-        if norm > limit:
+        limit = math.inf if training.clip_norm is None else training.clip_norm
+        if limit < norm < math.inf:
             for gradient in gradients:
                 gradient *= limit / norm
         return norm

@@ -34,7 +34,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part, ensure_available
@@ -123,6 +123,9 @@ class AgentActor:
     def train(self, steps: int) -> list[StepResult]:
         """See `Worker`; so too below."""
         return self.worker.train(steps)
+
+    def faults(self) -> list[Fault]:  # noqa: D102
+        return self.worker.faults()
 
     def evaluate(self, part: Part) -> Evaluation | None:  # noqa: D102
         return self.worker.evaluate(part)
@@ -265,6 +268,9 @@ class RayRunner:
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
         return [result for results in self._all("train", steps) for result in results]
+
+    def faults(self) -> list[Fault]:  # noqa: D102
+        return [fault for faults in self._all("faults") for fault in faults]
 
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
         evaluation: Evaluation = _only(self._all("evaluate", part))

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.errors import LostError
 from hdnn_dist.trainer import Listener, Progress, Runner
 
@@ -128,6 +128,9 @@ class LiveView(Listener):
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
         self.console.print(verdict(step, epoch, evaluation), highlight=False)
 
+    def skipped(self, fault: Fault) -> None:  # noqa: D102
+        self.console.print(f"skipped {fault}", highlight=False, markup=False)
+
     def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
         self.console.print(loss(cause, restart), highlight=False, markup=False)
 
@@ -160,6 +163,9 @@ class PlainView(Listener):
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
         self._print(verdict(step, epoch, evaluation))
+
+    def skipped(self, fault: Fault) -> None:  # noqa: D102
+        self._print(f"skipped {fault}")
 
     def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
         self._print(loss(cause, restart))

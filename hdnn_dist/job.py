@@ -117,14 +117,15 @@ class Job:
             J=J,
         )
         norm_tree = None
-        if spec.training.clip_norm is not None:
+        if spec.training.clip_norm is not None or spec.training.on_nonfinite == "skip":
+            key = "on_nonfinite" if spec.training.clip_norm is None else "clip_norm"
             try:
                 norm_tree = topology.spanning_tree(tree.root)
             except SpecError as error:
                 raise SpecError(
-                    ("training", "clip_norm"),
+                    ("training", key),
                     f"the norm is summed over all agents, but {error.problem}",
-                    "connect them or leave clip_norm out",
+                    f"connect them or leave {key} out",
                 ) from None
         return cls(spec, topology, data, views, architecture, Plan.of(architecture, norm_tree))
 

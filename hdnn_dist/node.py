@@ -11,6 +11,7 @@ both for a member that updates them at once), `y_DB` those of all agents in its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from typing import TypeVar
 
@@ -109,7 +110,7 @@ class AgentNode:
         self.columns = None if columns.all() else [row.nonzero().flatten() for row in columns]
         self.mask = None if mask.all() else mask
         self._tape: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._input = self._output = torch.empty(0)
+        self._input = self._first = self._output = torch.empty(0)
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class AgentNode:
         """Own features `(F_i, B)` to the class scores `(C, B)`, complete at the root alone."""
         self._tape.clear()
         self._input = x_FB
-        y = self.encode(x_FB)
+        y = self._first = self.encode(x_FB)
         for layer in range(len(self.rows)):
             y = yield from self.layer(layer, y)
         self._output = y
@@ -264,6 +265,21 @@ class AgentNode:
         return self.weights["readout.weight"].T @ scores_bar
 
     # --- analysis ---------------------------------------------------------------------------
+
+    def first_nonfinite_state(self) -> int | None:
+        """The first `j` for which own `y_j` is not finite, after a forward pass; None if all are.
+
+        Every layer adds to a state, so that one that is not finite stays so to the end.
+        """
+        if torch.isfinite(self._output).all():
+            return None
+        if not torch.isfinite(self._first).all():
+            return 0
+        updates = len(self.member.updates)
+        for k, (y, *_) in enumerate(self._tape):
+            if not torch.isfinite(y).all():
+                return math.ceil(k / updates)  # the second update's source is new already
+        return len(self.rows)
 
     def forget(self) -> None:
         """Drop what a forward pass without a backward pass has kept."""

@@ -29,7 +29,7 @@ MAY_CHANGE = re.compile(
     r"cluster(\..*)?"
     r"|data\.dir"
     r"|topology\.agents\.\d+\.(cpu|gpu|resources|labels)(\..*)?"
-    r"|training\.(epochs|eval_every|checkpoint_every|keep_last|keep_best|clip_norm|alpha|shift|schedule(\..*)?)"
+    r"|training\.(epochs|eval_every|checkpoint_every|keep_last|keep_best|on_nonfinite|clip_norm|alpha|shift|schedule(\..*)?)"
     r"|training\.optimizer\.(lr|momentum|betas|weight_decay)(\..*)?"
 )
 _SHOWN = 5  # changed keys that an error names

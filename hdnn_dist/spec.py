@@ -457,6 +457,11 @@ class TrainingSpec(Section):
         default=None,
         description="Clip the gradient of all agents to this norm, summed over the tree.",
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What a step does whose states or gradients are not finite numbers: it stops "
+        "the run, or no agent takes it (which all agents learn over the tree, as for clip_norm).",
+    )
     alpha: NonNegative = Field(
         default=0.0,
         description="Weight α of the paper's α h/2 Σ_j ‖K_{j+1}-K_j‖² + ‖b_{j+1}-b_j‖².",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import (
     Manifest,
@@ -50,6 +50,10 @@ class Runner(Protocol):
 
     def train(self, steps: int) -> list[StepResult]:
         """Take so many steps from where the run stands."""
+        ...
+
+    def faults(self) -> list[Fault]:
+        """Numbers that were not finite, since the last call."""
         ...
 
     def evaluate(self, part: Part = "test") -> Evaluation:
@@ -107,6 +111,9 @@ class LocalRunner:
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
         return self.worker.train(steps)
+
+    def faults(self) -> list[Fault]:  # noqa: D102
+        return self.worker.faults()
 
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
         result = self.worker.evaluate(part)
@@ -214,6 +221,9 @@ class Listener:
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
         """Some steps were taken."""
 
+    def skipped(self, fault: Fault) -> None:
+        """No agent took a step, because of a number that is not finite."""
+
     def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:
         """An epoch has ended; `norms[j] = ‖∂loss/∂y_j‖`, `j = 0 … N`, in its last step."""
 
@@ -260,7 +270,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: `stop` was set; a checkpoint of this very step is there.
             LostError: actors were lost once more than `cluster.max_restarts`.
-            RunError: the loss is not a finite number any more; the last checkpoint is good.
+            RunError: a loss, state or gradient is not finite; the last checkpoint is good.
         """
         budget, restarts = self.runner.job.spec.cluster.max_restarts, 0
         cause: LostError | None = None
@@ -326,7 +336,7 @@ class Trainer:
             count = min(chunk, per_epoch - step % per_epoch)
             before = time.perf_counter()
             results = self._train(step, count)
-            _check_finite(results)
+            self._check_finite(results)
             seconds = time.perf_counter() - before
             training_seconds += seconds
             step, evaluation = step + count, None
@@ -370,6 +380,25 @@ class Trainer:
         except LostError as error:
             steps = f"steps {step + 1} to {step + count}" if count > 1 else f"step {step + 1}"
             raise LostError(f"{steps}: {error}") from None
+
+    def _check_finite(self, results: Sequence[StepResult]) -> None:
+        """Name the first number of some steps that is not finite: stop, or say what was skipped."""
+        faults = {fault.step: fault for fault in sorted(self.runner.faults(), reverse=True)}
+        if self.runner.job.spec.training.on_nonfinite == "skip":
+            for _, fault in sorted(faults.items()):
+                self._tell("skipped", fault)
+            return
+        losses = [r for r in results if not math.isfinite(r.loss)]
+        if faults:
+            problem = str(min(faults.values()))
+        elif losses:
+            problem = f"the loss is {losses[0].loss} at step {losses[0].step}"
+        else:
+            return
+        raise RunError(
+            f"{problem}; the checkpoints before it are good: resume with a lower "
+            "training.optimizer.lr, with training.clip_norm, or with training.on_nonfinite=skip"
+        )
 
     def _progress(self, step: int, results: Sequence[StepResult], seconds: float) -> Progress:
         job = self.runner.job
@@ -415,12 +444,3 @@ def read_summary(run: Path, steps: int) -> Summary | None:
     except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
         return None
     return replace(found, run=str(run)) if found.steps == steps else None  # it may have moved
-
-
-def _check_finite(results: Sequence[StepResult]) -> None:
-    for result in results:
-        if not math.isfinite(result.loss):
-            raise RunError(
-                f"the loss is {result.loss} at step {result.step}; the checkpoints before it are "
-                "good: resume with a lower training.optimizer.lr, or with training.clip_norm"
-            )

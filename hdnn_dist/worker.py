@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import Agent, Evaluation, StepResult
+from hdnn_dist.agent import Agent, Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
 from hdnn_dist.data import Part, load_rows
@@ -42,6 +42,7 @@ class Worker:
         self.job, self.transport = job, transport
         self.agents = {i: Agent(job, i) for i in agents}
         self.step = 0
+        self._faults: list[Fault] = []
 
     def load_data(self) -> None:
         """Read the agents' data now, not in the first round, for which others wait."""
@@ -57,8 +58,14 @@ class Worker:
         for _ in range(steps):
             actions = {i: agent.train_step(self.step) for i, agent in self.agents.items()}
             results += self._drive(actions, self.job.batch)
+            self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         return results
+
+    def faults(self) -> list[Fault]:
+        """Numbers that were not finite, since the last call."""
+        found, self._faults = self._faults, []
+        return found
 
     def evaluate(self, part: Part = "test") -> Evaluation | None:
         """Loss and accuracy over a part of the data set.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hdnn_dist
-from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.checkpoint import (
     Totals,
     best_checkpoint,
@@ -22,7 +22,7 @@ from hdnn_dist.checkpoint import (
     write_checkpoint,
     write_json,
 )
-from hdnn_dist.data import Part
+from hdnn_dist.data import Part, epoch_order
 from hdnn_dist.errors import CheckpointError, LostError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
@@ -352,6 +352,58 @@ def test_a_run_gives_up_when_its_restarts_are_spent(tmp_path: Path) -> None:
         hdnn_dist.fit(Frail(job, 5, 6), create(job, tmp_path / "run"))
 
 
+def poisoned(job: Job, agent: int, sample: int) -> LocalRunner:
+    """A runner one of whose agents sees an infinite number in a sample."""
+    runner = LocalRunner(job)
+    runner.worker.agents[agent].features("train")[sample] = math.inf
+    return runner
+
+
+def test_a_number_that_is_not_finite_is_named_where_it_came_from(tmp_path: Path) -> None:
+    job = tiny(training={"batch_size": 16})
+    with pytest.raises(RunError, match=r"^step \d: the state y_0 of agent 'b' is not finite"):
+        hdnn_dist.fit(poisoned(job, 1, 5), create(job, tmp_path / "run"))
+    assert not has_checkpoint(tmp_path / "run")
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all_agents(tmp_path: Path) -> None:
+    class Skips(Listener):
+        def __init__(self) -> None:
+            self.faults: list[Fault] = []
+
+        def skipped(self, fault: Fault) -> None:
+            self.faults.append(fault)
+
+    job = tiny(training={"batch_size": 16, "epochs": 3, "on_nonfinite": "skip"})
+    skips, run = Skips(), create(job, tmp_path / "run")
+    runner = poisoned(job, 1, 5)
+    before = [agent.state() for agent in runner.worker.agents.values()]
+    before = [{name: w.clone() for name, w in state.items()} for state in before]
+    step = next(
+        k for k in range(4) if 5 in epoch_order(job.spec.training.seed, 0, 64)[16 * k : 16 * k + 16]
+    )
+    runner.worker.step = step
+    runner.train(1)
+    assert str(min(runner.faults())) == f"step {step + 1}: the state y_0 of agent 'b' is not finite"
+    for agent, state in zip(runner.worker.agents.values(), before, strict=True):
+        assert all(torch.equal(agent.state()[name], w) for name, w in state.items())
+    summary = hdnn_dist.fit(poisoned(job, 1, 5), run, [skips])
+    assert math.isfinite(summary.test_loss)
+    assert [(f.agent, f.what) for f in skips.faults] == [("b", "the state y_0")] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("encoder.weight", "the state y_0"), ("readout.weight", r"the cotangent ∂loss/∂y_1")],
+)
+def test_where_a_weight_that_is_not_finite_is_felt(name: str, what: str) -> None:
+    runner = LocalRunner(tiny())
+    with torch.no_grad():
+        runner.worker.agents[0].weights[name][0, 0] = math.nan
+    runner.train(1)
+    assert min(runner.faults()).what == what
+
+
 def test_a_run_that_is_told_to_stop_saves_this_very_step(tmp_path: Path) -> None:
     class Stopper(Listener):
         def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
@@ -375,6 +427,6 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_checkpoints(tmp_path: Pa
     good = {f: f.read_bytes() for f in run.glob("checkpoints/**/*") if f.is_file()}
     job = reopen(run, ["training.epochs=5", "training.optimizer.lr=1e6"])
     runner = hdnn_dist.launch(job, local=True)
-    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+"):
+    with pytest.raises(RunError, match=r"step \d+: the .* of agent 'a\d' is not finite; the check"):
         hdnn_dist.fit(runner, run)
     assert {f: f.read_bytes() for f in run.glob("checkpoints/**/*") if f.is_file()} == good
