@@ -15,12 +15,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hdnn_dist.api import fit, launch, load, open_run, train
     from hdnn_dist.cluster import RayRunner
+    from hdnn_dist.hamiltonian import Activation
     from hdnn_dist.job import Job
     from hdnn_dist.model import HDNN, Layers
+    from hdnn_dist.report import analyze, analyze_layers
     from hdnn_dist.topology import Topology
     from hdnn_dist.trainer import Listener, LocalRunner, Summary, Trainer
 
 _HOME = {
+    "Activation": "hamiltonian",
     "HDNN": "model",
     "Job": "job",
     "Layers": "model",
@@ -30,6 +33,8 @@ _HOME = {
     "Summary": "trainer",
     "Topology": "topology",
     "Trainer": "trainer",
+    "analyze": "report",
+    "analyze_layers": "report",
     "fit": "api",
     "launch": "api",
     "load": "api",
@@ -39,6 +44,7 @@ _HOME = {
 
 __all__ = [
     "HDNN",
+    "Activation",
     "Job",
     "Layers",
     "Listener",
@@ -48,6 +54,8 @@ __all__ = [
     "Topology",
     "Trainer",
     "__version__",
+    "analyze",
+    "analyze_layers",
     "fit",
     "launch",
     "load",

@@ -53,6 +53,7 @@ class Architecture:
         train_X: whether `X` is trained.
         seed: of the initial weights.
         J: H1's skew-symmetric matrix, `(2n, 2n)` or `(L, 2n, 2n)`; None for the other members.
+        X: H2's, `(n, n)`, where a user gives one.
     """
 
     names: tuple[str, ...]
@@ -68,6 +69,7 @@ class Architecture:
     train_X: bool
     seed: int
     J: Tensor | None = field(default=None, compare=False)
+    X: Tensor | None = field(default=None, compare=False)
 
     @property
     def h(self) -> float:
@@ -94,8 +96,10 @@ class Architecture:
         """The matrix that couples states, if it is stored: "J" for H1, "X" where it is not `I`."""
         if self.J is not None:
             return ("J",)
-        has_X = self.member.name == "H2" and (self.train_X or not self.patterns.R.is_local)
-        return ("X",) if has_X else ()
+        if self.member.name != "H2":
+            return ()
+        is_I = self.X is None and not self.train_X and self.patterns.R.is_local
+        return () if is_I else ("X",)
 
     @property
     def constants(self) -> frozenset[str]:
@@ -201,7 +205,9 @@ class Architecture:
             weights[b] = torch.zeros(L, N_i, dtype=dtype)
         if self.J is not None:
             weights["J"] = self.J[self.blocks(i)["J"]].to(dtype)
-        if "X" in self.coupling:
+        if self.X is not None:
+            weights["X"] = self.X[self.blocks(i)["X"]].to(dtype)
+        elif "X" in self.coupling:
             row = self.patterns.R.rows[i]
             weights["X"] = torch.cat(
                 [

@@ -352,7 +352,11 @@ def analyze(
         Path | None, typer.Option(metavar="DIR", help="Write here; default: RUN/analysis.")
     ] = None,
     baselines: Annotated[
-        Beside, typer.Option(help="An MLP and a ResNet of equal size beside it.")
+        Beside,
+        typer.Option(
+            help="An MLP and a ResNet of equal size beside it; to train them takes as long as "
+            "the run did in one process."
+        ),
     ] = Beside.trained,
     data_dir: DataDir = None,
     overrides: Set = None,
@@ -362,7 +366,6 @@ def analyze(
 ) -> None:
     """Measure sensitivities, symplecticity, bounds and energy of a run's latest checkpoint."""
     _refuse_both(address, local)
-    _refuse_file(out)
     from hdnn_dist.checkpoint import to_json
     from hdnn_dist.report import analyze, render
 
@@ -393,11 +396,12 @@ def counterexample(
     as_json: AsJson = False,
 ) -> None:
     """Exploding gradients: the sensitivity of ẏ = ε J tanh(y) grows with time."""
-    _refuse_file(out)
     from hdnn_dist.analysis import counterexample
     from hdnn_dist.checkpoint import to_json, write_json
     from hdnn_dist.plots import save_counterexample
+    from hdnn_dist.run import check_can_be_made
 
+    check_can_be_made(out, "--out")
     found = counterexample()
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "counterexample.json", asdict(found))
@@ -409,11 +413,6 @@ def counterexample(
         t, norm = (0.0, 1.0) if k == 0 else (found.t[k - 1], found.norms[k - 1])
         print(f"t = {t:5.2f}   ‖∂y(T)/∂y(T-t)‖ = {norm:.4f}")
     print(figure)
-
-
-def _refuse_file(out: Path | None) -> None:
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file", "name a folder")
 
 
 @app.command()

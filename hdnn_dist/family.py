@@ -191,7 +191,9 @@ class H2(Member):
 
     def J(self, w: Weights) -> Tensor:  # noqa: D102
         n = len(w["bp"])
-        return skew(w["X"] if "X" in w else torch.eye(n, dtype=w["bp"].dtype))
+        return skew(
+            w["X"] if "X" in w else torch.eye(n, dtype=w["bp"].dtype, device=w["bp"].device)
+        )
 
 
 class MS1(Member):

@@ -17,15 +17,24 @@ from torch.nn import functional as F
 
 from hdnn_dist.errors import UserError
 
-_MEND = "give it as Activation(value, slope, integral)"
+_MEND = "give an Activation(value, slope as a function of the value, integral, steepest)"
 
 
 @dataclass(frozen=True)
 class Activation:
     """A pointwise `σ` with what the method needs of it.
 
+    ::
+
+        softsign = Activation(
+            lambda x: x / (1 + x.abs()),
+            lambda s: (1 - s.abs()) ** 2,
+            lambda x: x.abs() - x.abs().log1p(),
+            steepest=1.0,
+        )
+
     Attributes:
-        value: `σ(x)`.
+        value: `σ(x)`; increasing, or at least such that its value tells its slope.
         slope: `σ'(x)` as a function of `s = σ(x)`, so that a backward pass need not keep `x`.
         integral: `σ̃(x)` with `σ̃' = σ`; the energy is its sum, and is not known without it.
         steepest: `sup |σ'|`, which the upper bound of the gradients asks for.
@@ -35,6 +44,13 @@ class Activation:
     slope: Callable[[Tensor], Tensor]
     integral: Callable[[Tensor], Tensor] | None = None
     steepest: float = 1.0
+
+    def __reduce__(self) -> tuple[Callable[..., Activation], tuple[object, ...]]:
+        """Pickled by name where it has one, so that modules can be copied and saved."""
+        for name, known in ACTIVATIONS.items():
+            if known is self:
+                return activation_of, (name,)
+        return Activation, (self.value, self.slope, self.integral, self.steepest)
 
 
 def _log_cosh(x: Tensor) -> Tensor:
@@ -125,11 +141,52 @@ def activation_of(name: str) -> Activation:
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module can raise whatever there is
         raise UserError(
             f"the activation {name!r} cannot be imported: {error}",
             "name an Activation in a module that Python finds on every machine of the job",
         ) from None
-    if not isinstance(found, Activation):
-        raise UserError(f"{name!r} is a {type(found).__name__}", "name an Activation")
-    return found
+    return checked(found, repr(name))
+
+
+def checked(σ: object, name: str) -> Activation:
+    """An activation of the user's whose parts agree with one another on [-4, 4].
+
+    Raises:
+        UserError: it is no `Activation`, fails, or its parts contradict one another.
+    """
+    if not isinstance(σ, Activation):
+        raise UserError(f"{name} is a {type(σ).__name__}", _MEND)
+    x = torch.linspace(-4.01, 4.0, 161, dtype=torch.float64, requires_grad=True)
+    try:
+        value = σ.value(x)
+        slope, exact = σ.slope(value.detach()), _derivative(value, x)
+        integrand = None if σ.integral is None else _derivative(σ.integral(x), x)
+        bad = next(
+            (
+                what
+                for what, wrong in (
+                    ("slope(value(x)) is not σ'(x)", _differ(slope, exact)),
+                    ("steepest is below |σ'(x)|", bool(exact.abs().max() > σ.steepest + 1e-6)),
+                    (
+                        "the derivative of integral(x) is not σ(x)",
+                        integrand is not None and _differ(integrand, value),
+                    ),
+                )
+                if wrong
+            ),
+            None,
+        )
+    except Exception as error:  # a user's function can raise whatever there is
+        raise UserError(f"the activation {name} fails: {error}", _MEND) from None
+    if bad:
+        raise UserError(f"the activation {name}: {bad}", _MEND)
+    return σ
+
+
+def _derivative(y: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(y.sum(), x)[0]
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or not torch.allclose(a, b, rtol=1e-6, atol=1e-6)

@@ -20,7 +20,7 @@ from hdnn_dist.exchange import Plan
 from hdnn_dist.family import FAMILY
 from hdnn_dist.hamiltonian import Activation, activation_of
 from hdnn_dist.reader import Source, read_spec, spec_from_dict
-from hdnn_dist.sparsity import interconnection, patterns_of
+from hdnn_dist.sparsity import given_X, interconnection, patterns_of
 from hdnn_dist.spec import IndexSplit, Spec
 from hdnn_dist.topology import Topology, Tree, resolve
 
@@ -99,11 +99,11 @@ class Job:
         views = split_features(spec.data, data, topology.names)
         readers, tree = _readout(spec, topology)
         _check_views(spec, topology, views)
-        J = interconnection(topology, spec)
+        J, X = interconnection(topology, spec), given_X(topology, spec)
         enters = spec.data.split.enter if isinstance(spec.data.split, IndexSplit) else {}
         architecture = Architecture(
             names=topology.names,
-            patterns=patterns_of(topology, spec, J),
+            patterns=patterns_of(topology, spec, J, X),
             columns=tuple(view.columns for view in views),
             features=data.features,
             classes=data.classes,
@@ -115,6 +115,7 @@ class Job:
             train_X=spec.model.train_J,
             seed=spec.training.seed,
             J=J,
+            X=X,
         )
         norm_tree = None
         if spec.training.clip_norm is not None or spec.training.on_nonfinite == "skip":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 from typing import cast
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.errors import UserError
 from hdnn_dist.family import FAMILY, roughness
-from hdnn_dist.hamiltonian import J1, J2, Activation, activation_of
+from hdnn_dist.hamiltonian import J1, J2, Activation, activation_of, checked
 
 
 class Layers(nn.Module):
@@ -28,7 +29,7 @@ class Layers(nn.Module):
         h: step of the discretisation.
         activation: name of `σ`, or an `Activation`.
         J: for H1: "J1", "J2", a skew-symmetric matrix `(N, N)`, or one a layer `(layers, N, N)`.
-        X: for H2: any matrix `(N/2, N/2)`; default: the identity.
+        X: for H2: any matrix `(N/2, N/2)`; default: the identity. Like `J`, in the default type.
         train_X: whether `X` is trained.
 
     Raises:
@@ -49,10 +50,17 @@ class Layers(nn.Module):
         super().__init__()
         if member not in FAMILY:
             raise UserError(f"no member {member!r} in the family", f"use one of {[*FAMILY]}")
-        σ = activation_of(activation) if isinstance(activation, str) else activation
+        if not (features >= 1 and layers >= 1 and 0 < h < math.inf):
+            raise UserError(
+                f"features = {features}, layers = {layers}, h = {h}", "give positive numbers"
+            )
+        named = isinstance(activation, str)
+        σ = activation_of(str(activation)) if named else checked(activation, "given")
         self.member = FAMILY[member](h, σ)
         self.features, self.layers = features, layers
-        needs_halves = member in ("H2", "MS1", "MS3") or (member == "H1" and J in (None, "J1"))
+        needs_halves = member in ("H2", "MS1", "MS3") or (
+            member == "H1" and (J is None or (isinstance(J, str) and J == "J1"))
+        )
         if features % 2 and needs_halves:
             raise UserError(f"{member} splits y into p and q, but features = {features}", "add one")
         size = features if self.member.whole else features // 2
@@ -69,7 +77,8 @@ class Layers(nn.Module):
         if X is not None or train_X:
             if member != "H2":
                 raise UserError(f"X given, but {member} has none", "leave X out, or use H2")
-            X = torch.eye(size) if X is None else X
+            like = self.get_parameter(self.member.matrices[0])
+            X = torch.eye(size) if X is None else torch.as_tensor(X).to(like)
             if X.shape != (size, size):
                 raise UserError(f"X is {tuple(X.shape)}", f"give it as ({size}, {size})")
             if train_X:
@@ -79,8 +88,18 @@ class Layers(nn.Module):
 
     def weights(self) -> list[dict[str, Tensor]]:
         """Each layer's weights by name, as `Member.step` takes them."""
-        named = dict(self.named_parameters()) | dict(self.named_buffers())
-        return _layered(named, self.layers, self.member.upper)
+        names = (*self.member.matrices, *self.member.vectors, "J", "X")
+        return _layered({n: self._weight(n) for n in names if hasattr(self, n)}, self.layers)
+
+    def _weight(self, name: str) -> Tensor:
+        weight: Tensor = getattr(self, name)
+        return weight.triu(1) if self.member.upper and name in self.member.matrices else weight
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return (
+            f"{self.member.name}, features={self.features}, layers={self.layers}, h={self.member.h}"
+        )
 
     def propagate(self, y: Tensor) -> list[Tensor]:
         """The states `y_0 … y_N`, features last: each `(B, …, features)`."""
@@ -90,7 +109,16 @@ class Layers(nn.Module):
         return states
 
     def forward(self, y: Tensor) -> Tensor:
-        """`y_N` of `y_0`, `(B, features)` or `(B, features, …)`."""
+        """`y_N` of `y_0`, `(B, features)` or `(B, features, …)`.
+
+        Raises:
+            UserError: the second axis of `y` is not the features.
+        """
+        if y.dim() < 2 or y.shape[1] != self.features:
+            raise UserError(
+                f"y is {tuple(y.shape)}",
+                f"give it as (B, {self.features}) or (B, {self.features}, …)",
+            )
         columns = y.movedim(1, 0)  # every pixel of every sample is a state of its own
         states = columns.flatten(1).mT  # (pixels, features)
         for w in self.weights():
@@ -100,7 +128,7 @@ class Layers(nn.Module):
     def regulariser(self) -> Tensor:
         """`h/2 Σ_j (‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²)`, to be weighted by α."""
         names = (*self.member.matrices, *self.member.vectors)
-        return torch.stack([roughness(getattr(self, n), self.member.h) for n in names]).sum()
+        return torch.stack([roughness(self._weight(n), self.member.h) for n in names]).sum()
 
 
 class HDNN(nn.Module):
@@ -163,24 +191,23 @@ class HDNN(nn.Module):
         return torch.stack([roughness(w, self.architecture.h) for w in path]).sum()
 
 
-def _layered(named: dict[str, Tensor], layers: int, upper: bool = False) -> list[dict[str, Tensor]]:
+def _layered(named: dict[str, Tensor], layers: int) -> list[dict[str, Tensor]]:
     """Stacked weights layer by layer; `X`, and a `J` that is the same everywhere, in each."""
     per_layer = {
-        name: [w] * layers
-        if name == "X" or (name == "J" and w.dim() == 2)
-        else list((w.triu(1) if upper and name == "K" else w).unbind())
+        name: [w] * layers if name == "X" or (name == "J" and w.dim() == 2) else list(w.unbind())
         for name, w in named.items()
     }
     return [{name: ws[j] for name, ws in per_layer.items()} for j in range(layers)]
 
 
 def _skew_symmetric(J: str | Tensor, features: int, layers: int) -> Tensor:
-    """A named `J`, or a given one that has been looked at."""
+    """A named `J`, or a given one that has been looked at, of the default type."""
     if isinstance(J, str):
         named = {"J1": J1, "J2": J2}
         if J not in named:
             raise UserError(f"no J is named {J!r}", "use J1, J2 or a skew-symmetric matrix")
         return named[J](torch.empty(features))
+    J = torch.as_tensor(J).to(torch.get_default_dtype())
     if J.shape not in ((features, features), (layers, features, features)):
         raise UserError(
             f"J is {tuple(J.shape)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hdnn_dist.analysis import Counterexample
 
 Json = Mapping[str, Any]
 _FLOOR = 1e-200  # what a gradient that has vanished is drawn at
-_CEILING = 200.0  # the power of ten that a higher bound is drawn at
+_CEILING = 1e200  # what a norm or a bound that is higher is drawn at
 
 
 def save_figures(report: Json, folder: Path) -> list[Path]:
@@ -53,24 +54,29 @@ def save_counterexample(found: Counterexample, file: Path) -> Path:
 
 
 def _norms(report: Json, file: Path) -> Path:
-    figure, axes = _axes("layers k back from the output", r"$\|M_k\|$, mean over the samples")
+    figure = _figure()
+    norms, bounds = figure.subplots(1, 2)
     for network in report["networks"]:
         k = range(1, len(network["norms"]) + 1)
-        mean = [max(sum(row) / len(row), _FLOOR) for row in network["norms"]]
-        (line,) = axes.plot(k, mean, label=network["name"], **_dots(mean))
-        bound = [10 ** min(log, _CEILING) for log in network["log10_bounds"]]
-        axes.plot(k, bound, ":", color=line.get_color(), linewidth=1)
-    axes.axhline(1, color="black", linewidth=0.8, label="lower bound 1")
-    axes.plot([], [], ":", color="gray", linewidth=1, label="upper bounds")
-    axes.set_yscale("log")
-    axes.set_title("Backward sensitivity matrices")
-    return _save(figure, axes, file)
+        rows = [[min(max(norm, _FLOOR), _CEILING) for norm in row] for row in network["norms"]]
+        least, largest = [min(row) for row in rows], [max(row) for row in rows]
+        (line,) = norms.plot(k, least, label=network["name"], **_dots(least))
+        norms.fill_between(k, least, largest, color=line.get_color(), alpha=0.2, linewidth=0)
+        bound = [10 ** min(log, math.log10(_CEILING)) for log in network["log10_bounds"]]
+        bounds.plot(k, bound, label=network["name"], **_dots(bound))
+    for axes, title in ((norms, "least to largest of the samples"), (bounds, "upper bound")):
+        axes.axhline(1, color="black", linewidth=0.8, linestyle=":", label="1")
+        _describe(axes, "layers k back from the output", "")
+        axes.set_yscale("log")
+        axes.set_title(title)
+    norms.set_ylabel(r"$\|M_k\|$")
+    return _save(figure, bounds, file)
 
 
 def _defects(report: Json, file: Path) -> Path:
     figure, axes = _axes("layers k back from the output", r"$\|M_k^T J M_k - J\|$, largest")
     for network in report["networks"]:
-        largest = [max(max(row), _FLOOR) for row in network["defects"]]
+        largest = [min(max(max(row), _FLOOR), _CEILING) for row in network["defects"]]
         axes.plot(range(1, len(largest) + 1), largest, label=network["name"], **_dots(largest))
     axes.set_yscale("log")
     axes.set_title("Symplecticity defect")
@@ -120,7 +126,7 @@ def _describe(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _dots(values: Sequence[float]) -> dict[str, Any]:

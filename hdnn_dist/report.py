@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,9 +20,11 @@ from hdnn_dist.analysis import (
     Sensitivities,
     accumulated,
     block_norms,
+    energies,
     from_sums,
     has_one_J,
     log_bound,
+    log_bounds,
     probes,
     sensitivities,
 )
@@ -32,8 +35,9 @@ from hdnn_dist.data import epoch_order, load_features, load_labels
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
+from hdnn_dist.model import Layers
 from hdnn_dist.optimization import build_optimizer, learning_rate
-from hdnn_dist.run import reopen
+from hdnn_dist.run import check_can_be_made, reopen
 from hdnn_dist.trainer import Runner
 
 Baselines = Literal["trained", "initial", "none"]
@@ -66,7 +70,7 @@ def analyze(
         out: where `analysis.json` and the figures go; default: `analysis` in the run directory.
 
     Raises:
-        UserError: there are not so many samples.
+        UserError: there are not so many samples, or the folder cannot be made.
         CheckpointError: the run or its checkpoint cannot be used.
     """
     from hdnn_dist.plots import save_figures  # matplotlib takes a second to import
@@ -76,6 +80,9 @@ def analyze(
         raise UserError(
             f"{samples} samples, but the test set has {job.data.test}", f"take 1 to {job.data.test}"
         )
+    folder = Path(run) / "analysis" if out is None else out
+    check_can_be_made(folder, "--out")
+    folder.mkdir(parents=True, exist_ok=True)
     with open_run(run, overrides=overrides, local=local, address=address) as (runner, step):
         report = _of_agents(runner, samples) | {"step": step}
     report["networks"][0]["gradients"] = [
@@ -83,13 +90,41 @@ def analyze(
         for record in read_metrics(Path(run))
         if record["kind"] == "gradients"
     ]
+    write_json(folder / "analysis.json", report)  # whatever becomes of the baselines
     if baselines != "none":
         report["networks"] += _baselines(job, samples, baselines == "trained")
-    folder = Path(run) / "analysis" if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "analysis.json", report)
+        write_json(folder / "analysis.json", report)
     report["figures"] = [str(file) for file in save_figures(report, folder)]
     return report
+
+
+def analyze_layers(layers: Layers, y: Tensor) -> dict[str, Any]:
+    """The figures of `analyze` for layers in any other network, in float64.
+
+    Args:
+        layers: the module, which is left as it is.
+        y: first states `(B, features)`, or images `(B, features, …)` whose pixels are the states.
+
+    Returns:
+        `norms`, `defects` (with `J1` where the layers have no `J` of their own), `exact`,
+        `log10_bounds` and `energy` (None without the integral of `σ`), by layer and state.
+
+    Raises:
+        UserError: there is no `J` for the defect: MS2 of an odd size.
+    """
+    layers = copy.deepcopy(layers).double().requires_grad_(False)
+    member, weights = layers.member, layers.weights()
+    states = layers.propagate(y.detach().double().movedim(1, -1).flatten(0, -2))
+    one_J = has_one_J(member, getattr(layers, "J", None))
+    found = sensitivities(
+        [partial(member.step, w=w) for w in weights],
+        states[0],
+        member.J(weights[0]) if one_J else None,
+    )
+    known = member.activation.integral is not None
+    return _network(member.name, found, log_bounds(member, weights), []) | {
+        "energy": energies(member, weights, states).tolist() if known else None
+    }
 
 
 def _of_agents(runner: Runner, samples: int) -> dict[str, Any]:
@@ -167,7 +202,7 @@ def _baselines(job: Job, samples: int, train: bool) -> list[dict[str, Any]]:
         steps = [partial(layers.step, j=j) for j in range(depth)]
         found.append(
             _network(
-                f"{name} ({'trained' if train else 'initial'})",
+                f"{name} ({_fate(gradients, job) if train else 'initial'})",
                 sensitivities(steps, model.encoder(x)),
                 accumulated(layers.log_bounds()),
                 gradients,
@@ -176,11 +211,17 @@ def _baselines(job: Job, samples: int, train: bool) -> list[dict[str, Any]]:
     return found
 
 
+def _fate(gradients: list[dict[str, Any]], job: Job) -> str:
+    """Whether a baseline came to the end of its training."""
+    return "trained" if len(gradients) == job.spec.training.epochs else "diverged"
+
+
 def _fit(model: _Classifier, job: Job) -> list[dict[str, Any]]:
     """The run's training, less its regulariser and its augmentation.
 
     Returns:
-        `‖∂loss/∂y_j‖` at the last step of each epoch, as the run's own metrics have them.
+        `‖∂loss/∂y_j‖` at the last step of each epoch, as the run's own metrics have them; of
+        fewer epochs if the loss or these are not finite any more.
     """
     gradients = []
     training = job.spec.training
@@ -196,6 +237,8 @@ def _fit(model: _Classifier, job: Job) -> list[dict[str, Any]]:
         if k + 1 == job.steps_per_epoch:
             bars = torch.autograd.grad(loss, states, retain_graph=True)
             norms = [bar.norm().item() for bar in bars]
+            if not all(map(math.isfinite, (loss.item(), *norms))):
+                break
             gradients.append({"epoch": epoch + 1, "norms": norms})
         loss.backward()
         if training.clip_norm is not None:

@@ -56,13 +56,22 @@ def vacant(job: Job, path: Path | None = None) -> Path:
             f"{path} {what}, and a new run needs a directory of its own",
             f"name another with --run, or continue it with --resume {path}",
         )
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    check_can_be_made(path, "--run")
+    return path
+
+
+def check_can_be_made(folder: Path, option: str) -> None:
+    """A folder that an option names is there and can be written to, or can be made.
+
+    Raises:
+        CheckpointError: a file is in its place, or it may not be written to.
+    """
+    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         what = "cannot be written to" if there.is_dir() else "is a file"
         raise CheckpointError(
-            f"the run directory {path} cannot be made: {there} {what}", "name another with --run"
+            f"the folder {folder} cannot be made: {there} {what}", f"name another with {option}"
         )
-    return path
 
 
 def create(job: Job, path: Path | None = None) -> Path:

@@ -217,7 +217,9 @@ def _either(some: list[int], others: list[int]) -> list[int]:
     return [a | b for a, b in zip(some, others, strict=True)]
 
 
-def patterns_of(topology: Topology, spec: Spec, J: Tensor | None = None) -> Patterns:
+def patterns_of(
+    topology: Topology, spec: Spec, J: Tensor | None = None, X: Tensor | None = None
+) -> Patterns:
     """Where the graph enters: `T`, `R` and `S` of a resolved spec.
 
     `A[i, l] = 1` for an edge `l → i` ("i uses l's state"). `model.graph` puts `A + I` into `T`, `R`
@@ -228,6 +230,7 @@ def patterns_of(topology: Topology, spec: Spec, J: Tensor | None = None) -> Patt
         topology: the graph.
         spec: the model.
         J: what `interconnection` gave.
+        X: what `given_X` gave.
 
     Raises:
         SpecError: the member cannot have the graph where the spec puts it, or some agent would
@@ -269,9 +272,12 @@ def patterns_of(topology: Topology, spec: Spec, J: Tensor | None = None) -> Patt
                 )
         T = [BlockPattern.of(M, ((i, l) for i, l in P.entries if i <= l)) for P in T]
     R = eye if model.graph == "K" else A
-    if J is not None:
-        R = eye | _block_pattern(J, topology.sizes)
-        _refuse_outside(topology, R - S, ("model", "J"), "J")
+    agent = torch.arange(M).repeat_interleave(torch.tensor(topology.sizes))  # of each row
+    for name, C, owner in (("J", J, agent.repeat(2)), ("X", X, agent)):
+        if C is not None:
+            entries = C.reshape(-1, *C.shape[-2:]).any(0).nonzero()
+            R = eye | BlockPattern.of(M, {(int(i), int(l)) for i, l in owner[entries].tolist()})
+            _refuse_outside(topology, R - S, ("model", name), name)
     return Patterns(
         sizes=topology.sizes,
         T=tuple(T[j % len(T)] for j in range(model.layers)),
@@ -313,11 +319,7 @@ def interconnection(topology: Topology, spec: Spec) -> Tensor | None:
         )
     if model.J is None or isinstance(model.J, str):
         return J2(like) if model.J == "J2" else J1(like)
-    assert isinstance(model.J, list), "resolve() comes first"
-    try:
-        J = torch.tensor(model.J, dtype=torch.float64)
-    except ValueError:
-        raise SpecError(loc, "the rows of J are not equally long", "give a square matrix") from None
+    J = _tensor(loc, model.J)
     if J.shape not in ((N, N), (model.layers, N, N)):
         raise SpecError(
             loc,
@@ -329,11 +331,39 @@ def interconnection(topology: Topology, spec: Spec) -> Tensor | None:
     return J
 
 
-def _block_pattern(J: Tensor, sizes: Sequence[int]) -> BlockPattern:
-    """The agents between which a matrix on `y = [p; q]` has entries."""
-    agent = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).repeat(2)
-    entries = J.reshape(-1, *J.shape[-2:]).any(0).nonzero()
-    return BlockPattern.of(len(sizes), {(int(i), int(l)) for i, l in agent[entries].tolist()})
+def given_X(topology: Topology, spec: Spec) -> Tensor | None:
+    """A user's `X` of H2, `(n, n)`; None if the spec has none.
+
+    Raises:
+        SpecError: it is not square, of another size, or the member has none.
+    """
+    model, n, loc = spec.model, sum(topology.sizes), ("model", "X")
+    if model.X is None:
+        return None
+    if model.name != "H2":
+        raise SpecError(loc, f"X is given, but {model.name} has none", "leave X out, or use H2")
+    if model.graph != "K":
+        raise SpecError(
+            loc, "X is given, and the graph would enter it as well", "set model.graph to K"
+        )
+    X = _tensor(loc, model.X)
+    if X.shape != (n, n):
+        raise SpecError(
+            loc,
+            f"X is {' x '.join(map(str, X.shape))}, but p has Σ d = {n} entries",
+            f"give it as {n} x {n}",
+        )
+    return X
+
+
+def _tensor(loc: tuple[str, ...], rows: object) -> Tensor:
+    assert isinstance(rows, list), "resolve() comes first"
+    try:
+        return torch.tensor(rows, dtype=torch.float64)
+    except ValueError:
+        raise SpecError(
+            loc, f"the rows of {loc[-1]} are not equally long", "give a square matrix"
+        ) from None
 
 
 def _refuse_outside(

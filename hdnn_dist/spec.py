@@ -245,6 +245,14 @@ Interconnection = Annotated[
 ]
 
 
+Matrix = Annotated[
+    Annotated[list[list[Entry]], Tag("matrix")] | Annotated[MatrixFile, Tag("MatrixFile")],
+    _by_shape(
+        "{file: PATH}, or the rows of a matrix", matrix=(list,), MatrixFile=(dict, MatrixFile)
+    ),
+]
+
+
 class ModelSpec(Section):
     """A member of the H-DNN family (arXiv 2105.13205) and where the graph enters it."""
 
@@ -268,6 +276,11 @@ class ModelSpec(Section):
         description="H1's skew-symmetric matrix on y = [p; q], all agents' p before all q, or one "
         "matrix a layer. J1 = [[0, I], [-I, 0]]; J2 = +1 above the diagonal, -1 below. "
         "Default: J1, or what model.graph puts there.",
+    )
+    X: Matrix | None = Field(
+        default=None,
+        description="H2's X, agent after agent, in J = [[0, -Xᵀ], [X, 0]]; with train_J where it "
+        "starts. Default: the identity, or what model.graph puts there.",
     )
     layer_graphs: (
         list[

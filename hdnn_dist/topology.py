@@ -280,18 +280,23 @@ def resolve(spec: Spec, base: Path | None = None) -> Spec:
             for k, entry in enumerate(model.layer_graphs)
         ]
         model = model.model_copy(update={"layer_graphs": layers})
-    if isinstance(model.J, MatrixFile):
-        model = model.model_copy(update={"J": read_matrix(base / model.J.file)})
+    for key in ("J", "X"):
+        if isinstance(matrix := getattr(model, key), MatrixFile):
+            rows = read_matrix(base / matrix.file, ("model", key, "file"))
+            model = model.model_copy(update={key: rows})
     return spec.model_copy(update={"topology": topology, "model": model})
 
 
-def read_matrix(path: Path) -> list[Any]:
+def read_matrix(path: Path, loc: tuple[str, ...]) -> list[Any]:
     """The rows of a matrix in a .npy file, or those of a matrix a layer.
+
+    Args:
+        path: the file.
+        loc: of its name in the spec.
 
     Raises:
         SpecError: the file cannot be read, or holds anything but two or three axes of numbers.
     """
-    loc = ("model", "J", "file")
     mend = "write it with numpy.save from a float array"
     try:
         matrix = np.load(path, allow_pickle=False, mmap_mode="r")

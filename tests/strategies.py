@@ -43,11 +43,18 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
         some = st.lists(st.sampled_from(links), unique_by=tuple) if links else st.just([])
         entry = st.one_of(st.sampled_from(["topology", "none"]), some.map(lambda e: {"edges": e}))
         layer_graphs = draw(st.lists(entry, min_size=1, max_size=3))
+    sizes = [draw(st.integers(1, 3)) for _ in names]
+    given: dict[str, object] = {}
+    if member in ("H1", "H2") and graph == "K" and draw(st.booleans()):
+        several = layers if member == "H1" and draw(st.booleans()) else None
+        pairs = {(names.index(a), names.index(b)) for a, b in links}
+        seed = draw(st.integers(0, 99))
+        given = {"J" if member == "H1" else "X": matrix(member, sizes, pairs, several, seed)}
     readers = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     return spec_from_dict(
         {
             "topology": {
-                "agents": [{"name": n, "d": draw(st.integers(1, 3))} for n in names],
+                "agents": [{"name": n, "d": d} for n, d in zip(names, sizes, strict=True)],
                 "edges": links,
                 "directed": directed,
                 "links": "one-way" if one_way else "two-way",
@@ -60,6 +67,7 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
                 "activation": draw(st.sampled_from(["tanh", "relu", "elu"])),
                 "layer_graphs": layer_graphs,
                 "train_J": member == "H2" and draw(st.booleans()),
+                **given,
                 "readout": {
                     "agents": draw(st.sampled_from(["all", readers])),
                     "root": draw(st.sampled_from([None, *names])),
@@ -74,6 +82,23 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
             },
         }
     )
+
+
+def matrix(
+    member: str, sizes: list[int], links: set[tuple[int, int]], layers: int | None, seed: int
+) -> list[object]:
+    """A regular J of H1 (of each layer, if several) or X of H2 along some links."""
+    agent = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    agent = agent.repeat(2) if member == "H1" else agent
+    linked = torch.eye(len(sizes), dtype=torch.bool)
+    for a, b in links:
+        linked[a, b] = linked[b, a] = True
+    random = torch.Generator().manual_seed(seed)
+    shape = (*([] if layers is None else [layers]), len(agent), len(agent))
+    W = torch.randn(*shape, generator=random, dtype=torch.float64) * linked[agent[:, None], agent]
+    W = W - W.mT if member == "H1" else W + 5 * torch.eye(len(agent))
+    rows: list[object] = W.tolist()
+    return rows
 
 
 def jobs(max_agents: int = 6, dtype: str = "float64") -> st.SearchStrategy[Job]:

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jacrev
+from torch.nn.utils import prune
 
 from hdnn_dist.errors import UserError
 from hdnn_dist.family import FAMILY, H1, H2, MS1, roughness, roughness_gradient
-from hdnn_dist.hamiltonian import ACTIVATIONS, J1, J2
+from hdnn_dist.hamiltonian import ACTIVATIONS, J1, J2, Activation
 from hdnn_dist.model import Layers
 from hdnn_dist.testing import assert_close, assert_symplectic
 
@@ -213,6 +217,8 @@ def test_images_are_vectors_pixel_by_pixel(member: str, activation: str) -> None
         (("H1", 4, 2, 0.1, "tanh", torch.ones(4, 4)), "Jᵀ = -J"),
         (("H1", 4, 2, 0.1, "tanh", torch.zeros(3, 3)), r"\(4, 4\)"),
         (("MS1", 4, 2, 0.1, "tanh", None, torch.eye(2)), "use H2"),
+        (("H2", 4, 0), "positive"),
+        (("H2", 4, 2, -0.1), "positive"),
         (("H2", 4, 2, 0.1, "tanh", None, torch.eye(3)), r"\(2, 2\)"),
     ],
 )
@@ -221,9 +227,77 @@ def test_wrong_modules_are_refused(arguments: tuple[object, ...], mend: str) -> 
         Layers(*arguments)  # type: ignore[arg-type]
 
 
+def test_modules_are_copied_saved_and_pruned(tmp_path: Path) -> None:
+    net, y = Layers("H2", 4, 2), torch.randn(3, 4)
+    torch.save(nn.Sequential(net), tmp_path / "net.pt")
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+    assert torch.equal(loaded(y), net(y))
+    assert torch.equal(copy.deepcopy(net)(y), net(y))
+    assert repr(net) == "Layers(H2, features=4, layers=2, h=0.1)"
+    prune.l1_unstructured(net, "Kp", amount=0.5)
+    assert not torch.equal(net(y), loaded(y))
+
+
+def test_matrices_may_come_as_numpy_or_lists() -> None:
+    J, y = np.array([[0.0, 1.0], [-1.0, 0.0]]), torch.randn(3, 2)
+    torch.manual_seed(0)
+    first = Layers("H1", 2, 1, J=J)
+    torch.manual_seed(0)
+    assert torch.equal(first(y), Layers("H1", 2, 1, J=J.tolist())(y))
+    X = np.array([[2]])
+    assert Layers("H2", 2, 1, X=X, train_X=True).X.requires_grad
+
+
+def test_the_lower_triangle_of_MS2_does_not_count() -> None:
+    net = random_layers("MS2")
+    y, before, roughness = draw(2, 2 * n), None, net.regulariser()
+    before = net(y)
+    with torch.no_grad():
+        net.K += torch.ones(2 * n, 2 * n).tril()
+    assert torch.equal(net(y), before)
+    assert torch.equal(net.regulariser(), roughness)
+
+
+def softsign(**changes: object) -> Activation:
+    parts: dict[str, object] = {
+        "value": lambda x: x / (1 + x.abs()),
+        "slope": lambda s: (1 - s.abs()) ** 2,
+        "integral": lambda x: x.abs() - x.abs().log1p(),
+    }
+    return Activation(**(parts | changes))  # type: ignore[arg-type]
+
+
+def test_an_activation_of_ones_own() -> None:
+    y = draw(3, 4)
+    net = Layers("MS1", 4, 2, activation=softsign()).double()
+    assert net(y).shape == y.shape
+    assert torch.isfinite(net.member.energy(y, net.weights()[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [
+        (torch.relu, "is a builtin_function_or_method"),
+        (softsign(slope=lambda x: 1 / (1 + x.abs()) ** 2), "slope"),
+        (softsign(steepest=0.5), "steepest"),
+        (softsign(integral=lambda x: x**2), "integral"),
+        (softsign(value=lambda x: x.no_such_thing()), "fails: 'Tensor' object has no"),
+    ],
+)
+def test_an_activation_that_contradicts_itself_is_refused(activation: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        Layers("H2", 4, 2, activation=activation)
+
+
 def test_X_can_be_trained_and_J_cannot() -> None:
     assert "X" in dict(Layers("H2", 4, 2, train_X=True).named_parameters())
     assert "J" in dict(Layers("H1", 4, 2, J="J2").named_buffers())
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 4)])
+def test_states_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"\(B, 4\)"):
+        Layers("H2", 4, 1)(torch.zeros(shape))
 
 
 def test_J2_by_hand() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 import depth
 import mnist
@@ -56,7 +57,7 @@ def test_replicas_do_not_disturb_each_other(tmp_path: Path) -> None:
 def test_ring_tells_the_two_graphs_apart(tmp_path: Path) -> None:
     few = ["--layers", "1", "--epochs", "1", "--seeds", "1", "--ray-seeds", "0"]
     ring.main([*few, "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "ring.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "ring.json").read_text())["cells"]
     assert rows["ring"]["parameters"] < rows["full"]["parameters"]
     assert rows["ring"]["bytes_per_step"] < rows["full"]["bytes_per_step"]
 
@@ -66,7 +67,7 @@ def test_ring_on_actors_has_the_weights_of_the_local_run(tmp_path: Path, cluster
     # The complete graph too: its readout tree hands one actor several copies of one message.
     few = ["--layers", "2", "--epochs", "1", "--seeds", "1", "--ray-seeds", "1"]
     ring.main([*few, "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "ring.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "ring.json").read_text())["cells"]
     for row in rows.values():
         assert row["ray_accuracy"] == row["accuracy"]
         assert row["weight_difference"] == row["loss_difference"] == [0]
@@ -96,7 +97,31 @@ def test_mnist_with_and_without_layers(
     mnist.main([*few, "--samples", "200", "--epochs", "1", "--out", str(tmp_path)])
     cells = json.loads((tmp_path / "mnist.json").read_text())["cells"]
     assert cells.keys() == {"none 0 0", "H2 1 0"}
+    assert cells["none 0 0"] != cells["H2 1 0"]
     assert "Without layers" in (tmp_path / "mnist.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "reason"),
+    [
+        (mnist, ["--data-dir", "/nowhere", "--layers", "1", "--seeds", "1"], "nowhere"),
+        (two_d, ["--seeds", "0"], "above 0"),
+        (ring, ["--layers", "0"], "above 0"),
+        (ring, ["--seeds", "1", "--ray-seeds", "2"], "each is compared to its own"),
+        (depth, ["--features", "5", "--layers", "1", "--models", "H2"], "add one"),
+    ],
+)
+def test_mistakes_are_told(
+    command: ModuleType,
+    arguments: list[str],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command.main([*arguments, "--out", str(tmp_path)])
+    assert exit.value.code == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_mnist_moves_each_image_by_a_pixel_at_most() -> None:
@@ -108,7 +133,10 @@ def test_mnist_moves_each_image_by_a_pixel_at_most() -> None:
     assert set(difference.tolist()) == {0, 1, 27, 28, 29}
 
 
-def test_regulariser_writes_a_row_for_each_weight(tmp_path: Path) -> None:
-    regulariser.main(["--epochs", "1", "--seeds", "1", "--out", str(tmp_path / "r.md")])
-    rows = (tmp_path / "r.md").read_text().splitlines()[5:]
-    assert [row.split("|")[1].strip() for row in rows] == ["0", "0.0005", "0.005", "0.05"]
+def test_the_regulariser_lowers_the_bound(tmp_path: Path) -> None:
+    regulariser.main(["--epochs", "3", "--seeds", "1", "--out", str(tmp_path)])
+    cells = json.loads((tmp_path / "regulariser.json").read_text())["cells"]
+    assert list(cells) == ["0.0", "0.0005", "0.005", "0.05"]
+    bound, largest, _ = regulariser.COLUMNS
+    assert cells["0.05"][bound] < cells["0.0"][bound]
+    assert all(cell[largest] < cell[bound] for cell in cells.values())

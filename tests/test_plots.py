@@ -27,7 +27,7 @@ def test_each_figure_is_a_picture(tmp_path: Path, depth: int) -> None:
     made = save_figures(report, tmp_path)
     names = ["sensitivity.png", "defect.png", "energy.png", "gradients.png"]
     assert [file.name for file in made] == names
-    for file in (*made, save_counterexample(counterexample(T=1), tmp_path / "c.png")):
+    for file in (*made, save_counterexample(counterexample(), tmp_path / "c.png")):
         picture = imread(file)
         assert picture.std() > 0.01  # not blank
         assert file.stat().st_size < 100_000

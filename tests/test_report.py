@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import hdnn_dist
 from hdnn_dist.cli import main
 from hdnn_dist.data import epoch_order, load_features, load_labels
+from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.model import HDNN
@@ -93,6 +94,56 @@ def test_analyze_without_training_the_baselines(
     assert [n["name"] for n in report["networks"]] == ["H2", "MLP (initial)", "ResNet (initial)"]
     assert command("analyze", str(run), *options, "--baselines", "none") == 0
     assert len(json.loads(capsys.readouterr().out)["networks"]) == 1
+
+
+def test_a_baseline_that_diverges_costs_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*TINY, "model.activation=relu", "training.clip_norm=null", "training.epochs=2"]
+    run = hdnn_dist.train(overrides=overrides, run=tmp_path / "run", local=True).run
+    hot = ["--set", "training.optimizer.lr=1e6", "--set", "training.epochs=40"]
+    assert command("analyze", run, "--local", "--samples", "1", *hot) == 0
+    assert "MLP (diverged)" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "analysis" / "analysis.json").read_text())
+    assert report["networks"][0]["norms"][0][0] >= 1
+    assert len(list((tmp_path / "run" / "analysis").glob("*.png"))) == 4
+
+
+SOFTSIGN = """
+from hdnn_dist import Activation
+known = Activation(lambda x: x / (1 + x.abs()), lambda s: (1 - s.abs()) ** 2,
+                   lambda x: x.abs() - x.abs().log1p())
+bare = Activation(known.value, known.slope)
+"""
+
+
+def test_an_activation_of_ones_own_from_spec_to_analysis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(SOFTSIGN)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("known", "bare"):
+        overrides = [*TINY, f"model.activation=own:{name}"]
+        run = hdnn_dist.train(overrides=overrides, run=tmp_path / name, local=True).run
+        report = hdnn_dist.analyze(run, local=True, samples=1, baselines="none")
+        assert (report["energy"] is None) == (name == "bare")
+    for name, reason in (("own:none", "no attribute"), ("broken:x", "division"), ("swish", "use")):
+        with pytest.raises(UserError, match=reason):
+            Job.load(None, [f"model.activation={name}"])
+
+
+@pytest.mark.parametrize("member", ["H1", "H2", "MS1", "MS2", "MS3"])
+def test_layers_of_any_network_are_analysed_in_one_call(member: str) -> None:
+    layers = hdnn_dist.Layers(member, 4, 5)
+    images = torch.randn(2, 4, 3, 3)
+    found = hdnn_dist.analyze_layers(layers, images)
+    norms = torch.tensor(found["norms"])
+    assert norms.shape == torch.tensor(found["energy"]).shape == (5, 18)
+    assert (norms.log10().amax(1) <= torch.tensor(found["log10_bounds"])).all()
+    assert layers.member.name in found["name"]
+    if member in ("H2", "MS3"):
+        assert max(map(max, found["defects"])) < 1e-12
 
 
 def test_analyze_says_what_it_cannot_do(

@@ -9,12 +9,12 @@ at the last layer reaches the first.
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from statistics import mean
 
 import torch
-from record import add_options, fill
+from record import add_options, chosen, count, fill, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,40 +81,40 @@ def measure(key: str, o: Namespace) -> dict[str, list[float]]:
 
 
 def table(cells: Mapping[str, dict[str, list[float]]]) -> str:
-    """The least ratio of all seeds before and after training, and the mean accuracy."""
-    lines = [
-        "| layers | " + " | ".join(f"{m}: initial, trained, accuracy %" for m in MODELS) + " |",
-        "|---:|" + "---|" * len(MODELS),
-    ]
-    for n in sorted({int(key.split()[1]) for key in cells}):
-        row = []
-        for model in MODELS:
-            cell = cells.get(f"{model} {n}")
-            row.append(
-                f"{min(cell['initial']):.2g}, {min(cell['trained']):.2g}, "
-                f"{mean(cell['accuracy']):.1f}"
-                if cell
-                else "-"
-            )
-        lines.append(f"| {n} | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    """Three tables: log10 of the ratio before and after training, and the accuracy."""
+    lines = []
+    for quantity, title in (
+        ("initial", "log10 of the ratio at the initial point"),
+        ("trained", "log10 of the ratio after training"),
+        ("accuracy", "training accuracy in percent"),
+    ):
+        lines += [f"### {title}", "", "| layers | " + " | ".join(MODELS) + " |"]
+        lines += ["|---:|" + "---|" * len(MODELS)]
+        for n in sorted({int(key.split()[1]) for key in cells}):
+            row = [cells.get(f"{model} {n}", {}).get(quantity) for model in MODELS]
+            if quantity != "accuracy":
+                row = [r and [math.log10(max(x, 1e-300)) for x in r] for r in row]
+            lines.append(f"| {n} | " + " | ".join(spread(r) if r else "-" for r in row) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not there yet, and write `depth.json` and `depth.md`."""
     parser = ArgumentParser(description="the gradient at the first layer, over the depth")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--layers", nargs="+", type=int, default=(4, 16, 64, 256, 1024))
-    parser.add_argument("--features", type=int, default=16)
+    parser.add_argument("--layers", nargs="+", type=count, default=(4, 16, 64, 256, 1024))
+    parser.add_argument("--features", type=count, default=16)
     parser.add_argument("--h", type=float, default=0.1)
     parser.add_argument("--T", type=float, default=4.0)
     parser.add_argument("--lr", type=float, default=0.005)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=count, default=100)
+    parser.add_argument("--seeds", type=count, default=3)
     add_options(parser)
     o = parser.parse_args(argv)
     keys = [f"{model} {n}" for n in o.layers for model in o.models]
-    fill(parser, o, "depth", ("features", "h", "T", "lr", "steps", "seeds"), keys, measure, table)
+    settings = chosen(o, "features", "h", "T", "lr", "steps", "seeds") | {"batch": BATCH}
+    fill(parser, o, "depth", settings, keys, measure, table)
 
 
 if __name__ == "__main__":

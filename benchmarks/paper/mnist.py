@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from record import add_options, fill, spread
+from record import add_options, chosen, count, fill, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,7 +110,9 @@ def table(cells: Mapping[str, float]) -> str:
     for key, accuracy in cells.items():
         model, layers, _ = key.split()
         seeds.setdefault((model, int(layers)), []).append(accuracy)
-    lines = ["| layers | " + " | ".join(MODELS) + " |", "|---:|" + "---|" * len(MODELS)]
+    lines = ["Test accuracy in percent: mean ± standard deviation, and the worst, over the seeds."]
+    lines += [""]
+    lines += ["| layers | " + " | ".join(MODELS) + " |", "|---:|" + "---|" * len(MODELS)]
     for n in sorted({layers for _, layers in seeds if layers}):
         row = [seeds.get((model, n)) for model in MODELS]
         lines.append(f"| {n} | " + " | ".join(spread(r, ".2f") if r else "-" for r in row) + " |")
@@ -124,11 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description="MNIST by convolution, H-DNN and linear readout")
     parser.add_argument("--data-dir", required=True, help="folder of the IDX files")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--layers", nargs="+", type=int, default=(1, 2, 4, 8))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, help="of the training set; default: all")
-    parser.add_argument("--kernel", type=int, default=5, help="of the convolution, odd")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--layers", nargs="+", type=count, default=(1, 2, 4, 8))
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--samples", type=count, help="of the training set; default: all")
+    parser.add_argument("--kernel", type=count, default=5, help="of the convolution, odd")
+    parser.add_argument("--epochs", type=count, default=8)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--lr-readout", type=float, default=0.002)
     parser.add_argument("--weight-decay", type=float, default=1.0, help="of the readout")
@@ -136,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shift", type=int, default=1, help="pixels")
     add_options(parser)
     o = parser.parse_args(argv)
-    settings = ("samples", "kernel", "epochs", "lr", "lr_readout", "weight_decay", "alpha", "shift")
+    names = ("samples", "kernel", "epochs", "lr", "lr_readout", "weight_decay", "alpha", "shift")
+    settings = chosen(o, *names) | {"channels": CHANNELS, "batch": BATCH, "h": H}
     seeds = range(o.seeds)
     keys = [f"none 0 {seed}" for seed in seeds]
     keys += [f"{model} {n} {seed}" for seed in seeds for n in o.layers for model in o.models]

@@ -9,7 +9,7 @@ both are written anew after every cell.
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -20,22 +20,32 @@ from typing import Any
 
 import torch
 
+from hdnn_dist.errors import UserError
+
 Cells = dict[str, Any]
 Compute = Callable[[str, Namespace], Any]
 RESULTS = Path(__file__).parent / "results"
 
 
+def count(text: str) -> int:
+    """A whole number above zero, as argparse has it."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"{text} given; give a number above 0")
+    return value
+
+
 def add_options(parser: ArgumentParser) -> None:
     """`--out` and `--jobs`."""
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--jobs", type=int, default=1, help="cells that run at once")
+    parser.add_argument("--jobs", type=count, default=1, help="cells that run at once")
 
 
 def fill(
     parser: ArgumentParser,
     options: Namespace,
     name: str,
-    settings: Sequence[str],
+    settings: Mapping[str, Any],
     keys: Iterable[str],
     compute: Compute,
     table: Callable[[Mapping[str, Any]], str],
@@ -46,28 +56,49 @@ def fill(
         parser: refuses a file whose settings differ.
         options: what it parsed.
         name: of the files.
-        settings: names of the options that a cell's content depends on.
+        settings: all that a cell's content depends on, beside its key.
         keys: of the cells.
         compute: a cell's content, of its key and the options; a module's function, as `--jobs`
             sends it to other processes.
         table: all cells as Markdown.
     """
-    options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{name}.json"
-    wanted = json.loads(json.dumps({key: getattr(options, key) for key in settings}))
-    record = json.loads(file.read_text()) if file.exists() else {"settings": wanted, "cells": {}}
-    if record["settings"] != wanted:
-        parser.error(f"{file} has {record['settings']}, not {wanted}: give another --out")
+    settings = json.loads(json.dumps(settings))
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        found = json.loads(file.read_text()) if file.exists() else None
+    except (OSError, ValueError) as error:
+        parser.error(f"{file}: {error}: give another --out")
+    record = found or {"settings": settings, "cells": {}}
+    if record["settings"] != settings:
+        parser.error(f"{file} has {record['settings']}, not {settings}: give another --out")
     cells: Cells = record["cells"]
     missing = [key for key in keys if key not in cells]
-    for key, value in _computed(missing, partial(_one_thread, compute, options), options.jobs):
-        cells[key] = value
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{key}: {value}", flush=True)
-    text = table(cells)
+    try:
+        for key, value in _computed(missing, partial(_one_thread, compute, options), options.jobs):
+            cells[key] = value
+            file.write_text(json.dumps(record, indent=1) + "\n")
+            print(f"{key}: {value}", flush=True)
+    except UserError as error:
+        parser.error(str(error))
+    text = f"{_caption(settings)}\n\n{table(cells)}"
     (options.out / f"{name}.md").write_text(text)
     print(text)
     return cells
+
+
+def _caption(settings: Mapping[str, Any]) -> str:
+    """The settings in a line."""
+    parts = (
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in settings.items()
+    )
+    return "; ".join(part.replace("_", " ") for part in parts)
+
+
+def chosen(options: Namespace, *names: str) -> dict[str, Any]:
+    """Options by name."""
+    return {name: getattr(options, name) for name in names}
 
 
 def spread(values: Sequence[float], form: str = ".1f") -> str:

@@ -8,11 +8,11 @@ accuracy, over the seeds.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 
 import torch
+from record import add_options, chosen, count, fill, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +22,7 @@ from hdnn_dist.model import Layers
 from hdnn_dist.spec import DataSpec
 
 ALPHAS = (0.0, 5e-4, 5e-3, 5e-2)
+COLUMNS = ("upper bound on ‖M_N‖, log10", "largest ‖M_N‖ measured, log10", "test accuracy, %")
 LAYERS, FEATURES, H, LR, BATCH = 16, 4, 0.2, 0.05, 125
 
 
@@ -63,35 +64,36 @@ def measure(model: Layers, readout: nn.Linear) -> tuple[float, float, float]:
     return bound / ln10, norms.max().log10().item(), 100 * accuracy
 
 
+def seeds(alpha: str, o: Namespace) -> dict[str, list[float]]:
+    """What is measured for a weight, over the seeds."""
+    rows = [measure(*train(float(alpha), seed, o.epochs)) for seed in range(o.seeds)]
+    return dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def table(cells: Mapping[str, dict[str, list[float]]]) -> str:
+    """Mean ± standard deviation over the seeds, and in brackets the least."""
+    lines = ["| α | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for alpha, found in cells.items():
+        row = " | ".join(spread(found[column], ".2f") for column in COLUMNS)
+        lines.append(f"| {alpha} | {row} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--seeds", type=int, default=3)
-    default = Path(__file__).parent / "results" / "regulariser.md"
-    parser.add_argument("--out", type=Path, default=default)
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    lines = [
-        f"H2, {LAYERS} layers, {FEATURES} features, h = {H}, double circles 4000/4000, "
-        f"Adam {LR} (cosine), batch {BATCH},",
-        f"{arguments.epochs} epochs, no weight decay; mean ± standard deviation over "
-        f"{arguments.seeds} seeds.",
-        "",
-        "| α | upper bound on ‖M_N‖, log10 | largest ‖M_N‖ measured, log10 | test accuracy, % |",
-        "|---|---|---|---|",
-    ]
-    for alpha in ALPHAS:
-        rows = torch.tensor(
-            [measure(*train(alpha, seed, arguments.epochs)) for seed in range(arguments.seeds)]
-        )
-        cells = [
-            f"{m:.2f} ± {s:.2f}"
-            for m, s in zip(rows.mean(0), rows.std(0, correction=0), strict=True)
-        ]
-        lines.append(f"| {alpha:g} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Train, measure, and write `regulariser.json` and `regulariser.md`."""
+    parser = ArgumentParser(description="the regulariser's effect on the upper bound")
+    parser.add_argument("--epochs", type=count, default=50)
+    parser.add_argument("--seeds", type=count, default=3)
+    add_options(parser)
+    o = parser.parse_args(argv)
+    settings = chosen(o, "epochs", "seeds") | {
+        "layers": LAYERS,
+        "features": FEATURES,
+        "h": H,
+        "lr": LR,
+        "batch": BATCH,
+    }
+    fill(parser, o, "regulariser", settings, map(str, ALPHAS), seeds, table)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ the losses of the two are compared.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, pstdev
+
+from record import add_options, chosen, count, fill, spread
 
 import hdnn_dist
 from hdnn_dist.trainer import Summary
@@ -24,7 +24,7 @@ GRAPHS = {"ring": "cycle_graph", "full": "complete_graph"}
 Row = dict[str, float | list[float]]
 
 
-def train(o: argparse.Namespace, graph: str, seed: int, run: Path, local: bool) -> Summary:
+def train(o: Namespace, graph: str, seed: int, run: Path, local: bool) -> Summary:
     """One run of ring8.yaml on a graph."""
     overrides = [
         f"topology.edges.generator={GRAPHS[graph]}",
@@ -45,25 +45,27 @@ def difference(one: Path, other: Path) -> float:
     )
 
 
-def measure(o: argparse.Namespace, graph: str, folder: Path) -> Row:
+def measure(graph: str, o: Namespace) -> Row:
     """All seeds of a graph."""
-    local = [train(o, graph, s, folder / f"{graph}-{s}", True) for s in range(o.seeds)]
-    ray = [train(o, graph, s, folder / f"{graph}-{s}-ray", False) for s in range(o.ray_seeds)]
-    pairs = list(zip(ray, local, strict=False))  # each with its own seed
-    return {
-        "accuracy": [100 * run.test_accuracy for run in local],
-        "ray_accuracy": [100 * run.test_accuracy for run in ray],
-        "weight_difference": [difference(Path(a.run), Path(b.run)) for a, b in pairs],
-        "loss_difference": [abs(a.test_loss - b.test_loss) for a, b in pairs],
-        "parameters": local[0].parameters,
-        "bytes_per_step": local[0].bytes_per_step,
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        local = [train(o, graph, s, here / f"{s}", True) for s in range(o.seeds)]
+        ray = [train(o, graph, s, here / f"{s}-ray", False) for s in range(o.ray_seeds)]
+        pairs = list(zip(ray, local, strict=False))  # each with its own seed
+        return {
+            "accuracy": [100 * run.test_accuracy for run in local],
+            "ray_accuracy": [100 * run.test_accuracy for run in ray],
+            "weight_difference": [difference(Path(a.run), Path(b.run)) for a, b in pairs],
+            "loss_difference": [abs(a.test_loss - b.test_loss) for a, b in pairs],
+            "parameters": local[0].parameters,
+            "bytes_per_step": local[0].bytes_per_step,
+        }
 
 
-def table(rows: dict[str, Row]) -> str:
+def table(rows: Mapping[str, Row]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| graph | test accuracy %, mean ± std (min) | weights | bytes a step "
+        "| graph | test accuracy %, mean ± deviation (worst) | weights | bytes a step "
         "| Ray: accuracy % | largest weight difference | test loss difference |",
         "|---|---|---:|---:|---|---|---|",
     ]
@@ -79,7 +81,7 @@ def table(rows: dict[str, Row]) -> str:
             )
         )
         lines.append(
-            f"| {graph} | {mean(seeds):.2f} ± {pstdev(seeds):.2f} ({min(seeds):.2f}) "
+            f"| {graph} | {spread(seeds, '.2f')} "
             f"| {row['parameters']:,} | {row['bytes_per_step']:,} | {ray} | {weight} | {loss} |"
         )
     return "\n".join(lines) + "\n"
@@ -87,26 +89,20 @@ def table(rows: dict[str, Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write `ring.json` and `ring.md`."""
-    parser = argparse.ArgumentParser(description="the 8-node ring against the complete graph")
+    parser = ArgumentParser(description="the 8-node ring against the complete graph")
     parser.add_argument("--set", choices=("double_circles", "swiss_roll", "double_moons"))
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--layers", type=count, default=32)
+    parser.add_argument("--epochs", type=count, default=30)
+    parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument("--ray-seeds", type=int, default=1)
-    parser.add_argument("--agents-per-actor", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--agents-per-actor", type=count, default=4)
+    add_options(parser)
     parser.set_defaults(set="double_circles")
     o = parser.parse_args(argv)
-    if o.ray_seeds > o.seeds:
+    if not 0 <= o.ray_seeds <= o.seeds:
         parser.error(f"--ray-seeds {o.ray_seeds} of {o.seeds} seeds: each is compared to its own")
-    o.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = {graph: measure(o, graph, Path(folder)) for graph in GRAPHS}
-    settings = {"set": o.set, "layers": o.layers, "epochs": o.epochs, "seeds": o.seeds}
-    record = {"settings": settings, "rows": rows}
-    (o.out / "ring.json").write_text(json.dumps(record, indent=1) + "\n")
-    (o.out / "ring.md").write_text(table(rows))
-    print(table(rows))
+    settings = chosen(o, "set", "layers", "epochs", "seeds", "ray_seeds", "agents_per_actor")
+    fill(parser, o, "ring", settings, GRAPHS, measure, table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 
 import torch
-from record import add_options, fill, spread
+from record import add_options, chosen, count, fill, spread
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,6 +31,7 @@ BATCH = 125
 # coordinate has one to itself. In one and the same pair they do markedly worse.
 COLUMNS = (0, 3)
 SIZE = 2.0  # standard deviation of what enters
+DEVIATIONS = (1.0, 2.0)  # of K and of b at the start
 
 
 class Net(nn.Module):
@@ -42,9 +43,7 @@ class Net(nn.Module):
         self.hamiltonian = Layers(member, 4, layers, h, J=J or None)
         self.readout = nn.Linear(4, 2)
         for name, weight in self.hamiltonian.named_parameters():
-            nn.init.normal_(weight, std=2 if name.startswith("b") else 1)
-            if self.hamiltonian.member.upper and name == "K":
-                weight.data.triu_(1)
+            nn.init.normal_(weight, std=DEVIATIONS[name.startswith("b")])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores `(B, 2)` of points `(B, 2)`, and the regulariser before its α."""
@@ -129,15 +128,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description="the 2-D sets over the depth")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--layers", nargs="+", type=int, default=(4, 8, 16, 32, 64))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--starts", type=int, default=3, help="initial points a seed")
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--layers", nargs="+", type=count, default=(4, 8, 16, 32, 64))
+    parser.add_argument("--seeds", type=count, default=5)
+    parser.add_argument("--starts", type=count, default=3, help="initial points a seed")
+    parser.add_argument("--epochs", type=count, default=50)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--alpha", type=float, default=5e-4)
     add_options(parser)
     o = parser.parse_args(argv)
-    settings = ("sets", "seeds", "starts", "epochs", "lr", "alpha")
+    settings = chosen(o, "sets", "seeds", "starts", "epochs", "lr", "alpha") | {
+        "batch": BATCH,
+        "T": T,
+        "features of x and y": COLUMNS,
+        "deviation of the inputs": SIZE,
+        "deviation of K and b at the start": DEVIATIONS,
+    }
     keys = [f"{model} {n}" for n in o.layers for model in o.models]
     fill(parser, o, "two_d", settings, keys, train, table)
 
