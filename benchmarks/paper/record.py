@@ -89,11 +89,14 @@ def fill(
 
 def _caption(settings: Mapping[str, Any]) -> str:
     """The settings in a line."""
-    parts = (
-        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in settings.items()
-    )
-    return "; ".join(part.replace("_", " ") for part in parts)
+
+
+    def said(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return "; ".join(f"{key} {said(value)}" for key, value in settings.items()).replace("_", " ")
 
 
 def chosen(options: Namespace, *names: str) -> dict[str, Any]:
