@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -267,6 +268,34 @@ def test_a_user_error_amid_training_is_told_with_a_hint(
     error, hint = capsys.readouterr().err.splitlines()
     assert error == "error: a file is damaged; mend it"
     assert "--resume" in hint
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_the_very_step_and_a_second_one_does_not_wait(
+    spec: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ["--local", "--run", run, "--no-tensorboard", "--set", "training.epochs=100000"]
+    options += ["--set", "training.checkpoint_every=100000", "--set", "training.eval_every=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hdnn_dist", "train", spec, *map(str, options)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saving a checkpoint" in told
+    assert f"continue with: hdnn-dist train --resume {run} --local" in told
+    [folder] = (run / "checkpoints").iterdir()
+    step = int(folder.name.removeprefix("step-"))
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert step == max(steps) > 0
 
 
 @pytest.mark.parametrize("command", ["train {spec} --local", "check {spec}", "schema"])

@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from record import add_options, chosen, count, fill, spread
+from record import add_options, chosen, count, fill, grid
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,21 +83,21 @@ def measure(key: str, o: Namespace) -> dict[str, list[float]]:
 
 def table(cells: Mapping[str, dict[str, list[float]]]) -> str:
     """Three tables: log10 of the ratio before and after training, and the accuracy."""
-    lines = []
-    for quantity, title in (
-        ("initial", "log10 of the ratio at the initial point"),
-        ("trained", "log10 of the ratio after training"),
-        ("accuracy", "training accuracy in percent"),
-    ):
-        lines += [f"### {title}", "", "| layers | " + " | ".join(MODELS) + " |"]
-        lines += ["|---:|" + "---|" * len(MODELS)]
-        for n in sorted({int(key.split()[1]) for key in cells}):
-            row = [cells.get(f"{model} {n}", {}).get(quantity) for model in MODELS]
-            if quantity != "accuracy":
-                row = [r and [math.log10(max(x, 1e-300)) for x in r] for r in row]
-            lines.append(f"| {n} | " + " | ".join(spread(r) if r else "-" for r in row) + " |")
-        lines.append("")
-    return "\n".join(lines)
+    depths = {int(key.split()[1]) for key in cells}
+
+    def log10(model: str, n: int, when: str) -> list[float]:
+        return [math.log10(max(x, 1e-300)) for x in cells.get(f"{model} {n}", {}).get(when, [])]
+
+    return "\n".join(
+        [
+            *("### log10 of the ratio at the initial point", ""),
+            *grid(MODELS, depths, partial(log10, when="initial")),
+            *("### log10 of the ratio after training", ""),
+            *grid(MODELS, depths, partial(log10, when="trained")),
+            *("### training accuracy in percent", ""),
+            *grid(MODELS, depths, lambda m, n: cells.get(f"{m} {n}", {}).get("accuracy")),
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

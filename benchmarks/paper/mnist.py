@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from record import add_options, chosen, count, fill, spread
+from record import add_options, chosen, count, fill, grid, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,14 +110,10 @@ def table(cells: Mapping[str, float]) -> str:
     for key, accuracy in cells.items():
         model, layers, _ = key.split()
         seeds.setdefault((model, int(layers)), []).append(accuracy)
-    lines = ["Test accuracy in percent: mean ± standard deviation, and the worst, over the seeds."]
-    lines += [""]
-    lines += ["| layers | " + " | ".join(MODELS) + " |", "|---:|" + "---|" * len(MODELS)]
-    for n in sorted({layers for _, layers in seeds if layers}):
-        row = [seeds.get((model, n)) for model in MODELS]
-        lines.append(f"| {n} | " + " | ".join(spread(r, ".2f") if r else "-" for r in row) + " |")
+    lines = ["Test accuracy in percent.", ""]
+    lines += grid(MODELS, {n for _, n in seeds if n}, lambda m, n: seeds.get((m, n)), ".2f")
     if without := seeds.get(("none", 0)):
-        lines += ["", f"Without layers: {spread(without, '.2f')}."]
+        lines += [f"Without layers: {spread(without, '.2f')}."]
     return "\n".join(lines) + "\n"
 
 

@@ -90,7 +90,6 @@ def fill(
 def _caption(settings: Mapping[str, Any]) -> str:
     """The settings in a line."""
 
-
     def said(value: Any) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{k} {v}" for k, v in value.items())
@@ -102,6 +101,20 @@ def _caption(settings: Mapping[str, Any]) -> str:
 def chosen(options: Namespace, *names: str) -> dict[str, Any]:
     """Options by name."""
     return {name: getattr(options, name) for name in names}
+
+
+def grid(
+    models: Sequence[str],
+    depths: Iterable[int],
+    seeds: Callable[[str, int], Sequence[float] | None],
+    form: str = ".1f",
+) -> list[str]:
+    """The lines of a table: a row a depth, a column a model; "-": not run."""
+    lines = ["| layers | " + " | ".join(models) + " |", "|---:|" + "---|" * len(models)]
+    for n in sorted(depths):
+        row = [seeds(model, n) for model in models]
+        lines.append(f"| {n} | " + " | ".join(spread(r, form) if r else "-" for r in row) + " |")
+    return [*lines, ""]
 
 
 def spread(values: Sequence[float], form: str = ".1f") -> str:

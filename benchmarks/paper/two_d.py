@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 
 import torch
-from record import add_options, chosen, count, fill, spread
+from record import add_options, chosen, count, fill, grid
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -108,18 +108,13 @@ def train(key: str, o: Namespace) -> dict[str, list[float]]:
 
 
 def table(cells: Mapping[str, dict[str, list[float]]]) -> str:
-    """A table a set; "-": not run."""
-    depths = sorted({int(key.split()[1]) for key in cells})
+    """Test accuracy in percent, a table a set."""
+    depths = {int(key.split()[1]) for key in cells}
     lines = []
     for name in SETS:
-        if not any(name in cell for cell in cells.values()):
-            continue
-        lines += [f"### {name}", "", "| layers | " + " | ".join(MODELS) + " |"]
-        lines += ["|---:|" + "---|" * len(MODELS)]
-        for n in depths:
-            seeds = [cells.get(f"{model} {n}", {}).get(name) for model in MODELS]
-            lines.append(f"| {n} | " + " | ".join(spread(r) if r else "-" for r in seeds) + " |")
-        lines.append("")
+        if any(name in cell for cell in cells.values()):
+            lines += [f"### {name}", ""]
+            lines += grid(MODELS, depths, lambda m, n, s=name: cells.get(f"{m} {n}", {}).get(s))
     return "\n".join(lines)
 
 
