@@ -75,11 +75,17 @@ class AgentActor:
     def open_store(self, timeout: float) -> tuple[str, int]:
         """Open the store at which the group meets, on a port that is free; rank 0 alone."""
         address = ray.util.get_node_ip_address()
-        limit = datetime.timedelta(seconds=timeout)
+        listener = socket.create_server((address, 0))  # the store's own would hear all interfaces
+        port: int = listener.getsockname()[1]
         self._store = dist.TCPStore(
-            address, 0, is_master=True, wait_for_workers=False, timeout=limit
+            address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=timeout),
+            master_listen_fd=listener.detach(),
         )
-        return address, self._store.port
+        return address, port
 
     def join(self, meeting: tuple[str, int], rank: int, size: int, timeout: float) -> None:
         """Become `rank` of a torch.distributed group of `size`; leave the one before, if any."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -190,6 +191,22 @@ def test_actors_that_see_another_job_are_refused(monkeypatch: pytest.MonkeyPatch
     object.__setattr__(job, "digest", "0" * 64)
     with pytest.raises(AgreementError, match="one version of hdnn_dist"):
         RayRunner(job)
+
+
+def test_the_data_plane_listens_on_the_nodes_interface_alone(three: list[Any]) -> None:
+    def listening(_: object) -> set[str]:
+        own = psutil.Process().net_connections("inet")
+        return {c.laddr.ip for c in own if c.status == psutil.CONN_LISTEN}
+
+    job = Job.load(None, TINY)
+    before = [ray.get(actor.__ray_call__.remote(listening)) for actor in three]
+    host(three, job)
+    call(three, "train", 1)
+    node = ray.util.get_node_ip_address()
+    for there, actor in zip(before, three, strict=True):
+        after = ray.get(actor.__ray_call__.remote(listening))
+        assert after - there <= {node}
+    assert any(node in ray.get(actor.__ray_call__.remote(listening)) for actor in three)
 
 
 def test_what_the_cluster_lacks_is_named() -> None:
