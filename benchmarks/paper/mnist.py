@@ -110,7 +110,8 @@ def table(cells: Mapping[str, float]) -> str:
     for key, accuracy in cells.items():
         model, layers, _ = key.split()
         seeds.setdefault((model, int(layers)), []).append(accuracy)
-    lines = ["Test accuracy in percent.", ""]
+    counts = sorted({len(found) for found in seeds.values()})
+    lines = [f"Test accuracy in percent, {' to '.join(map(str, counts))} seeds.", ""]
     lines += grid(MODELS, {n for _, n in seeds if n}, lambda m, n: seeds.get((m, n)), ".2f")
     if without := seeds.get(("none", 0)):
         lines += [f"Without layers: {spread(without, '.2f')}."]
