@@ -282,7 +282,8 @@ class Trainer:
                 return self._fit(step, restarts)
             except LostError as error:
                 if restarts == budget:
-                    raise
+                    spent = f"; all {budget} restarts (cluster.max_restarts) are spent"
+                    raise LostError(str(error) + spent * (budget > 0)) from None
                 restarts, cause = restarts + 1, error
                 self._tell("lost", error, restarts)
 
