@@ -70,7 +70,7 @@ class Fault:
     """
 
     step: int
-    rounds: int
+    rounds: float
     agent: str
     what: str
 
@@ -163,9 +163,16 @@ class Agent:
             self.gradient_squares = torch.stack([c.double().square().sum() for c in cotangents])
         self._regularise()
         self.fault = self._find_fault(step, first_state, cotangents)
+        if self.fault is None and not math.isfinite(loss):
+            self.fault = Fault(
+                step + 1, self.job.architecture.patterns.layers, self.name, "the loss"
+            )
         norm = yield from self._clip()
         lr = self._set_learning_rate(step)
-        if self.fault is None and (norm is None or math.isfinite(norm)):
+        if norm is not None and not math.isfinite(norm):
+            if self.is_root and self.fault is None:  # it has overflowed in the sum
+                self.fault = Fault(step + 1, math.inf, self.name, "the norm of all gradients")
+        elif self.fault is None:
             self.optimizer.step()
         if not self.is_root:
             return None
@@ -271,6 +278,8 @@ class Agent:
             return None
         gradients = self.node.gradients.values()
         square = torch.stack([g.square().sum() for g in gradients]).sum().reshape(1, 1)
+        if self.fault is not None:  # others are to know, whatever the gradients are
+            square.fill_(math.nan)
         square = yield from self.node.collect(self.job.plan.norm, square)
         square = yield from self.node.spread(self.job.plan.norm, square)
         norm = square.sqrt().item()

@@ -47,7 +47,7 @@ def probes(N: int, most: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sums:
-    """What the agents' measurements add up to; no weight and no state can be read from it.
+    """What the agents' measurements add up to (docs/analysis.md says what this still tells).
 
     Attributes:
         gram, form: `(N+1, samples, r, r)`, for `k = 0 … N` (see above).

@@ -26,7 +26,15 @@ from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import JsonLines, TensorBoard
 from hdnn_dist.model import HDNN
-from hdnn_dist.run import create, has_checkpoint, reopen, restore, vacant, write_spec
+from hdnn_dist.run import (
+    check_belongs,
+    create,
+    has_checkpoint,
+    reopen,
+    restore,
+    vacant,
+    write_spec,
+)
 from hdnn_dist.trainer import Listener, LocalRunner, Runner, Summary, Trainer
 
 
@@ -73,13 +81,14 @@ def fit(
         tensorboard: whether to write TensorBoard events.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
     """
-    step = restore(runner, run) if has_checkpoint(run) else 0
+    if has_checkpoint(run):
+        check_belongs(runner.job, run)
     write_spec(runner.job, run)
     writers = [JsonLines(run), *([TensorBoard(run)] if tensorboard else [])]
     with ExitStack() as stack:
         for listener in (*listeners, *writers):
             stack.callback(listener.close)
-        return Trainer(runner, run, (*listeners, *writers), stop).fit(step)
+        return Trainer(runner, run, (*listeners, *writers), stop).fit()
 
 
 def train(

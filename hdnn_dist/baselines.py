@@ -52,7 +52,8 @@ class MLP(nn.Module):
     def log_bounds(self) -> list[float]:
         """`log` of the upper bound on the norm of each layer's Jacobian."""
         norms = torch.linalg.matrix_norm(self.W.detach(), 2) * self.activation.steepest
-        return [math.log(norm) for norm in norms.tolist()]
+        logs: list[float] = norms.log().tolist()
+        return logs
 
 
 class ResNet(MLP):

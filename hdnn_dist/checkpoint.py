@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,8 +102,19 @@ def load_agent(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]
     """Read one agent's tensors.
 
     Raises:
-        CheckpointError: the file is missing or not what the manifest says.
+        DamagedError: the file is missing or not what the manifest says.
     """
+    content = _read_agent(folder, name, manifest)
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise DamagedError(
+            f"{agent_file(folder, name)}: not a safetensors file ({error})",
+            "use an older checkpoint",
+        ) from None
+
+
+def _read_agent(folder: Path, name: str, manifest: Manifest) -> bytes:
     file = agent_file(folder, name)
     try:
         content = file.read_bytes()
@@ -115,12 +127,7 @@ def load_agent(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]
             f"{file}: its SHA-256 is not the manifest's: the file is damaged",
             "restore it or remove this checkpoint's folder to use the one before",
         )
-    try:
-        return load(content)
-    except SafetensorError as error:
-        raise DamagedError(
-            f"{file}: not a safetensors file ({error})", "use an older checkpoint"
-        ) from None
+    return content
 
 
 def write_checkpoint(
@@ -147,21 +154,45 @@ def write_checkpoint(
         keep_best: whether the one with the best accuracy is kept beside them.
     """
     final = checkpoint_folder(run, step)
-    partial = final.with_name(f".partial-{step:08d}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = (final.with_name(f".{what}-{step:08d}") for what in ("partial", "replaced"))
+    for left_over in (*final.parent.glob(".partial-*"), *final.parent.glob(".replaced-*")):
+        shutil.rmtree(left_over)
     partial.mkdir(parents=True)
     manifest = Manifest(
         step=step, state=state, files=save_agents(partial), totals=totals, accuracy=accuracy
     )
     _write(partial / "manifest.json", manifest.model_dump_json(indent=2).encode())
-    if final.exists():  # a resumed run that comes past the same step again
-        shutil.rmtree(final)
+    if final.exists():  # a run that comes past the same step again
+        os.replace(final, replaced)
     os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     best = best_checkpoint(run) if keep_best else None
     for old in checkpoints(run)[:-keep_last]:
         if old != best:
             shutil.rmtree(old)
     return final
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than the one that a run goes on from.
+
+    They are damaged, or were when it was chosen, and of a past that is being written anew.
+    """
+    for folder in checkpoints(run):
+        if folder > checkpoint_folder(run, step):
+            name = f"set-aside-{folder.name}"
+            free = (folder.with_name(f"{name}-{k}" if k else name) for k in count())
+            folder.rename(next(place for place in free if not place.exists()))
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every agent's file with its checksum.
+
+    Raises:
+        DamagedError: one is missing or not as it was written.
+    """
+    for name in manifest.files:
+        _read_agent(folder, name, manifest)
 
 
 def best_checkpoint(run: Path) -> Path | None:

@@ -14,6 +14,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -25,7 +26,7 @@ import psutil
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -52,6 +53,7 @@ from hdnn_dist.spec import Spec
 from hdnn_dist.transport import InProcess, PointToPoint
 from hdnn_dist.worker import PARTS, Worker
 
+SLICE = 2.0  # seconds between two looks at what the cluster has
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
 
@@ -202,30 +204,36 @@ class RayRunner:
 
     def reform(self) -> None:
         """See `Runner`: the actors there are make room for new ones."""
-        self._disband()
-        cores = ray.cluster_resources().get("CPU", 1)
-        self.packing = pack(self.job.topology, self.job.spec.cluster, int(cores))
-        self._place(demands(self.job.topology, self.packing, cores))
-        self._form()
-
-    def _place(self, wanted: Sequence[Demand]) -> None:
-        """Reserve a bundle of resources an actor, all or none, and start the actors there."""
-        self._group = placement_group(
-            # Ray refuses empty bundles: a hair of a core stands for "nothing in particular".
-            [demand.resources or {"CPU": 1e-4} for demand in wanted],
-            strategy=self.job.spec.cluster.placement.upper(),
-            bundle_label_selector=[demand.labels for demand in wanted],
-        )
         try:
-            placed = self._group.wait(self.timeout)
+            self._disband()
+            self._place()
+        except HdnnError:
+            raise
         except Exception as error:  # Ray raises nothing more precise when its head is gone
             raise RunError(f"Ray failed while the actors were placed: {error}") from error
-        if not placed:
-            raise PlacementError(
-                _shortage(wanted, self.timeout),
-                "give the job fewer or smaller "
-                "agents, pack them (cluster.agents_per_actor: auto), or add machines",
-            )
+        self._form()
+
+    def _place(self) -> None:
+        """Reserve a bundle of resources an actor, all or none, and start the actors there.
+
+        What the cluster has may change meanwhile, as Ray learns of a dead node with a delay: then
+        the agents are packed anew.
+        """
+        deadline, there = time.monotonic() + self.timeout, None
+        while True:
+            if there != ray.cluster_resources():
+                there = ray.cluster_resources()
+                wanted = self._reserve(there.get("CPU", 1))
+            assert self._group is not None
+            left = deadline - time.monotonic()
+            if self._group.wait(max(0.0, min(SLICE, left))):
+                break
+            if left <= 0:
+                raise PlacementError(
+                    _shortage(wanted, self.timeout),
+                    "give the job fewer or smaller "
+                    "agents, pack them (cluster.agents_per_actor: auto), or add machines",
+                )
         for k, demand in enumerate(wanted):
             custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
             self._actors.append(
@@ -240,6 +248,20 @@ class RayRunner:
                 )
                 .remote()
             )
+
+    def _reserve(self, cores: float) -> Sequence[Demand]:
+        """Ask Ray for the bundles, in place of those asked for before; what they are to hold."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self.packing = pack(self.job.topology, self.job.spec.cluster, int(cores))
+        wanted = demands(self.job.topology, self.packing, cores)
+        self._group = placement_group(
+            # Ray refuses empty bundles: a hair of a core stands for "nothing in particular".
+            [demand.resources or {"CPU": 1e-4} for demand in wanted],
+            strategy=self.job.spec.cluster.placement.upper(),
+            bundle_label_selector=[demand.labels for demand in wanted],
+        )
+        return wanted
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
@@ -368,7 +390,7 @@ class RayRunner:
             if isinstance(cause, HdnnError) and not isinstance(cause, TransportError):
                 return cause
         for rank, failure in failed.items():
-            if isinstance(failure, RayActorError):
+            if not isinstance(failure, RayTaskError):  # the actor, its worker or its node
                 return LostError(f"{self._who(rank)} died: {_in_short(failure)}")
         if silent:
             who = " and ".join(self._who(pings[call]) for call in silent)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,18 +38,19 @@ class Activation:
         slope: `σ'(x)` as a function of `s = σ(x)`, so that a backward pass need not keep `x`.
         integral: `σ̃(x)` with `σ̃' = σ`; the energy is its sum, and is not known without it.
         steepest: `sup |σ'|`, which the upper bound of the gradients asks for.
+        name: what `activation_of` finds it by; a pickle holds that alone.
     """
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
     integral: Callable[[Tensor], Tensor] | None = None
     steepest: float = 1.0
+    name: str | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Activation], tuple[object, ...]]:
         """Pickled by name where it has one, so that modules can be copied and saved."""
-        for name, known in ACTIVATIONS.items():
-            if known is self:
-                return activation_of, (name,)
+        if self.name is not None:
+            return activation_of, (self.name,)
         return Activation, (self.value, self.slope, self.integral, self.steepest)
 
 
@@ -132,7 +133,7 @@ def activation_of(name: str) -> Activation:
         UserError: there is none of this name, or it is no `Activation`.
     """
     if name in ACTIVATIONS:
-        return ACTIVATIONS[name]
+        return replace(ACTIVATIONS[name], name=name)
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(
@@ -146,7 +147,7 @@ def activation_of(name: str) -> Activation:
             f"the activation {name!r} cannot be imported: {error}",
             "name an Activation in a module that Python finds on every machine of the job",
         ) from None
-    return checked(found, repr(name))
+    return replace(checked(found, repr(name)), name=name)
 
 
 def checked(σ: object, name: str) -> Activation:

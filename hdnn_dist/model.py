@@ -114,16 +114,24 @@ class Layers(nn.Module):
         Raises:
             UserError: the second axis of `y` is not the features.
         """
-        if y.dim() < 2 or y.shape[1] != self.features:
-            raise UserError(
-                f"y is {tuple(y.shape)}",
-                f"give it as (B, {self.features}) or (B, {self.features}, …)",
-            )
+        self.check_states(y)
         columns = y.movedim(1, 0)  # every pixel of every sample is a state of its own
         states = columns.flatten(1).mT  # (pixels, features)
         for w in self.weights():
             states = self.member.step(states, w)
         return states.mT.reshape(columns.shape).movedim(0, 1)
+
+    def check_states(self, y: Tensor) -> None:
+        """Refuse what `forward` cannot take.
+
+        Raises:
+            UserError: the second axis of `y` is not the features.
+        """
+        if y.dim() < 2 or y.shape[1] != self.features:
+            raise UserError(
+                f"y is {tuple(y.shape)}",
+                f"give it as (B, {self.features}) or (B, {self.features}, …)",
+            )
 
     def regulariser(self) -> Tensor:
         """`h/2 Σ_j (‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²)`, to be weighted by α."""

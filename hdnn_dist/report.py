@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -51,13 +50,14 @@ def analyze(
     overrides: Sequence[str] = (),
     local: bool = False,
     address: str | None = None,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Measure what is proved of the family on a run's latest checkpoint.
 
-    The agents measure their own rows (`Agent.sensitivities`) and sums of those leave them: no
-    weight does. The upper bound is made of the norms of their blocks, which is less tight than one
-    from whole matrices (`hdnn_dist.analysis.log_bounds`).
+    The agents measure their own rows (`Agent.sensitivities`) and sums of those leave them, no
+    weights as they are (docs/analysis.md says what the sums tell). The upper bound is made of the
+    norms of their blocks, which is less tight than one from whole matrices
+    (`hdnn_dist.analysis.log_bounds`).
 
     Args:
         run: the run directory.
@@ -80,7 +80,7 @@ def analyze(
         raise UserError(
             f"{samples} samples, but the test set has {job.data.test}", f"take 1 to {job.data.test}"
         )
-    folder = Path(run) / "analysis" if out is None else out
+    folder = Path(run) / "analysis" if out is None else Path(out)
     check_can_be_made(folder, "--out")
     folder.mkdir(parents=True, exist_ok=True)
     with open_run(run, overrides=overrides, local=local, address=address) as (runner, step):
@@ -110,11 +110,15 @@ def analyze_layers(layers: Layers, y: Tensor) -> dict[str, Any]:
         `log10_bounds` and `energy` (None without the integral of `σ`), by layer and state.
 
     Raises:
-        UserError: there is no `J` for the defect: MS2 of an odd size.
+        UserError: `y` is no state of these layers, or there is no `J` for the defect: MS2 of an odd
+            size.
     """
-    layers = copy.deepcopy(layers).double().requires_grad_(False)
-    member, weights = layers.member, layers.weights()
-    states = layers.propagate(y.detach().double().movedim(1, -1).flatten(0, -2))
+    layers.check_states(y)
+    member = layers.member
+    weights = [{k: w.detach().double() for k, w in layer.items()} for layer in layers.weights()]
+    states = [y.detach().double().movedim(1, -1).flatten(0, -2)]
+    for w in weights:
+        states.append(member.step(states[-1], w))
     one_J = has_one_J(member, getattr(layers, "J", None))
     found = sensitivities(
         [partial(member.step, w=w) for w in weights],
@@ -221,7 +225,7 @@ def _fit(model: _Classifier, job: Job) -> list[dict[str, Any]]:
 
     Returns:
         `‖∂loss/∂y_j‖` at the last step of each epoch, as the run's own metrics have them; of
-        fewer epochs if the loss or these are not finite any more.
+        fewer epochs if the loss or its gradient is not finite any more.
     """
     gradients = []
     training = job.spec.training
@@ -234,15 +238,16 @@ def _fit(model: _Classifier, job: Job) -> list[dict[str, Any]]:
         index = order[k * job.batch : (k + 1) * job.batch]
         optimizer.zero_grad()
         loss, states = model.loss(x[index], labels[index])
+        if not torch.isfinite(loss):
+            break
         if k + 1 == job.steps_per_epoch:
             bars = torch.autograd.grad(loss, states, retain_graph=True)
             norms = [bar.norm().item() for bar in bars]
-            if not all(map(math.isfinite, (loss.item(), *norms))):
-                break
             gradients.append({"epoch": epoch + 1, "norms": norms})
         loss.backward()
-        if training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        limit = math.inf if training.clip_norm is None else training.clip_norm
+        if not torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), limit)):
+            break
         lr = learning_rate(
             training.schedule, training.optimizer.lr, step, job.steps, job.steps_per_epoch
         )

@@ -15,7 +15,7 @@ from hdnn_dist.checkpoint import (
     Manifest,
     checkpoints,
     from_latest,
-    latest_checkpoint,
+    verify,
     write_text,
 )
 from hdnn_dist.errors import CheckpointError
@@ -135,13 +135,28 @@ def restore(runner: Runner, run: Path) -> int:
         The steps that the checkpoint has taken.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged, of another job, or past its end.
+        CheckpointError: there is no whole checkpoint, or it is of another job, or past its end.
     """
 
     def use(folder: Path, manifest: Manifest) -> int:
         _check_belongs(runner.job, run, folder, manifest)
         runner.load(folder, manifest)
         return manifest.step
+
+    return from_latest(run, use)
+
+
+def check_belongs(job: Job, run: Path) -> Manifest:
+    """What the latest whole checkpoint of a run says, after a look at whose it is.
+
+    Raises:
+        CheckpointError: as `restore`.
+    """
+
+    def use(folder: Path, manifest: Manifest) -> Manifest:
+        _check_belongs(job, run, folder, manifest)
+        verify(folder, manifest)
+        return manifest
 
     return from_latest(run, use)
 
@@ -154,9 +169,8 @@ def finished(job: Job, run: Path) -> Summary | None:
     """
     if not has_checkpoint(run):
         return None
-    folder, manifest = latest_checkpoint(run)
-    _check_belongs(job, run, folder, manifest)
-    return read_summary(run, manifest.step) if manifest.step == job.steps else None
+    step = check_belongs(job, run).step
+    return read_summary(run, step) if step == job.steps else None
 
 
 def _check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None:

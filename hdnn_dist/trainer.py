@@ -27,6 +27,7 @@ from hdnn_dist.checkpoint import (
     checkpoints,
     from_latest,
     read_manifest,
+    set_aside,
     write_checkpoint,
     write_json,
 )
@@ -257,15 +258,12 @@ class Trainer:
         self.runner, self.run, self.listeners = runner, run, listeners
         self.stop = Event() if stop is None else stop
 
-    def fit(self, step: int = 0) -> Summary:
-        """Train to the last epoch, evaluating and saving on the way.
+    def fit(self) -> Summary:
+        """Train to the last epoch from the latest checkpoint, evaluating and saving on the way.
 
         When actors are lost, all are started anew where there is room, and the run goes on from its
         last checkpoint (from the initial weights, before the first one), `cluster.max_restarts`
         times. A run that is complete already is left as it is, and its summary returned.
-
-        Args:
-            step: steps already taken: those of the run's latest checkpoint, or none.
 
         Raises:
             KeyboardInterrupt: `stop` was set; a checkpoint of this very step is there.
@@ -273,18 +271,16 @@ class Trainer:
             RunError: a loss, state or gradient is not finite; the last checkpoint is good.
         """
         budget, restarts = self.runner.job.spec.cluster.max_restarts, 0
-        cause: LostError | None = None
         while True:
             try:
-                if cause is not None:
+                if restarts:
                     self.runner.reform()
-                    step = self._restore()
-                return self._fit(step, restarts)
+                return self._fit(self._restore(), restarts)
             except LostError as error:
                 if restarts == budget:
                     spent = f"; all {budget} restarts (cluster.max_restarts) are spent"
                     raise LostError(str(error) + spent * (budget > 0)) from None
-                restarts, cause = restarts + 1, error
+                restarts += 1
                 self._tell("lost", error, restarts)
 
     def _restore(self) -> int:
@@ -304,6 +300,7 @@ class Trainer:
         training, per_epoch = job.spec.training, job.steps_per_epoch
         if step == job.steps and (written := read_summary(self.run, step)) is not None:
             return written
+        set_aside(self.run, step)
         before_us = Totals()
         if step:
             before_us = read_manifest(checkpoint_folder(self.run, step)).totals

@@ -193,20 +193,26 @@ def test_actors_that_see_another_job_are_refused(monkeypatch: pytest.MonkeyPatch
         RayRunner(job)
 
 
-def test_the_data_plane_listens_on_the_nodes_interface_alone(three: list[Any]) -> None:
-    def listening(_: object) -> set[str]:
+def test_the_data_plane_listens_on_the_nodes_interface_alone() -> None:
+    def listening(_: object) -> set[tuple[str, int]]:
         own = psutil.Process().net_connections("inet")
-        return {c.laddr.ip for c in own if c.status == psutil.CONN_LISTEN}
+        return {(c.laddr.ip, c.laddr.port) for c in own if c.status == psutil.CONN_LISTEN}
 
-    job = Job.load(None, TINY)
-    before = [ray.get(actor.__ray_call__.remote(listening)) for actor in three]
-    host(three, job)
-    call(three, "train", 1)
-    node = ray.util.get_node_ip_address()
-    for there, actor in zip(before, three, strict=True):
-        after = ray.get(actor.__ray_call__.remote(listening))
-        assert after - there <= {node}
-    assert any(node in ray.get(actor.__ray_call__.remote(listening)) for actor in three)
+    actors = [actor_class(AgentActor).options(num_cpus=0).remote() for _ in range(2)]
+    before = [ray.get(actor.__ray_call__.remote(listening)) for actor in actors]
+    meeting = ray.get(actors[0].open_store.remote(30))
+    ray.get([a.join.remote(meeting, rank, 2, 30) for rank, a in enumerate(actors)])
+    job = Job.load(None, [*TINY, "topology.agents=2", "topology.edges=[[a1, a2]]"])
+    packing = ((0,), (1,))
+    ray.get([a.host.remote(job.spec, packing[rank], packing) for rank, a in enumerate(actors)])
+    call(actors, "train", 1)
+    after = [ray.get(actor.__ray_call__.remote(listening)) for actor in actors]
+    for actor in actors:
+        ray.kill(actor)
+    new = [there - earlier for there, earlier in zip(after, before, strict=True)]
+    assert all(new)
+    assert meeting in new[0]
+    assert {ip for there in new for ip, _ in there} == {ray.util.get_node_ip_address()}
 
 
 def test_what_the_cluster_lacks_is_named() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import hdnn_dist
 from hdnn_dist.cli import main
@@ -99,7 +100,8 @@ def test_analyze_without_training_the_baselines(
 def test_a_baseline_that_diverges_costs_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = [*TINY, "model.activation=relu", "training.clip_norm=null", "training.epochs=2"]
+    overrides = [*TINY, "model.activation=relu", "training.clip_norm=null", "model.layers=8"]
+    overrides += ["data.train_samples=320"]  # ten steps an epoch
     run = hdnn_dist.train(overrides=overrides, run=tmp_path / "run", local=True).run
     hot = ["--set", "training.optimizer.lr=1e6", "--set", "training.epochs=40"]
     assert command("analyze", run, "--local", "--samples", "1", *hot) == 0
@@ -136,6 +138,9 @@ def test_an_activation_of_ones_own_from_spec_to_analysis(
 @pytest.mark.parametrize("member", ["H1", "H2", "MS1", "MS2", "MS3"])
 def test_layers_of_any_network_are_analysed_in_one_call(member: str) -> None:
     layers = hdnn_dist.Layers(member, 4, 5)
+    prune.l1_unstructured(layers, layers.member.matrices[0], amount=0.2)
+    with pytest.raises(UserError, match=r"\(B, 4\)"):
+        hdnn_dist.analyze_layers(layers, torch.zeros(2, 5))
     images = torch.randn(2, 4, 3, 3)
     found = hdnn_dist.analyze_layers(layers, images)
     norms = torch.tensor(found["norms"])

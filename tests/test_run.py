@@ -27,7 +27,7 @@ from hdnn_dist.errors import CheckpointError, LostError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.reader import spec_from_dict
-from hdnn_dist.run import create, has_checkpoint, reopen, restore, vacant
+from hdnn_dist.run import create, finished, has_checkpoint, reopen, restore, vacant
 from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner, state_digest
 
 
@@ -281,6 +281,22 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
         damage(folder / "a1.safetensors")
     with pytest.raises(CheckpointError, match=r"step-00000008/a1\.safetensors: its SHA-256"):
         hdnn_dist.load(run)
+
+
+def test_what_a_run_has_left_behind_it_does_not_come_back(tmp_path: Path) -> None:
+    job = tiny(training={"batch_size": 16, "epochs": 4, "keep_last": 2})
+    run = create(job, tmp_path / "run")
+    summary = hdnn_dist.fit(LocalRunner(job), run)
+    assert (run / "summary.json").exists()
+    kept = [folder.name for folder in checkpoints(run)]
+    damage(checkpoints(run)[-1] / "a.safetensors")
+    assert finished(job, run) is None
+    again = hdnn_dist.fit(Frail(job, 13), run)
+    assert again.test_loss == summary.test_loss
+    assert again.restarts == 1
+    assert (run / "checkpoints" / f"set-aside-{kept[-1]}").is_dir()
+    assert checkpoints(run)[-1].name == kept[-1]
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(run: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from hdnn_dist.checkpoint import write_text
 from hdnn_dist.errors import UserError
 
 Cells = dict[str, Any]
@@ -77,12 +78,13 @@ def fill(
     try:
         for key, value in _computed(missing, partial(_one_thread, compute, options), options.jobs):
             cells[key] = value
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            write_text(file, json.dumps(record, indent=1) + "\n")
+            write_text(file.with_suffix(".md"), f"{_caption(settings)}\n\n{table(cells)}")
             print(f"{key}: {value}", flush=True)
     except UserError as error:
         parser.error(str(error))
     text = f"{_caption(settings)}\n\n{table(cells)}"
-    (options.out / f"{name}.md").write_text(text)
+    write_text(file.with_suffix(".md"), text)
     print(text)
     return cells
 
