@@ -14,7 +14,7 @@ import pytest
 @pytest.mark.timeout(600)
 def test_a_run_whose_actors_processes_and_nodes_are_killed_has_the_weights_of_a_quiet_one() -> None:
     # In a process of its own: this one may have joined a Ray already.
-    command = [sys.executable, "-m", "tests.chaos", "--kills", "4", "--seed", "2", "--epochs", "80"]
+    command = [sys.executable, "-m", "tests.chaos", "--kills", "4", "--seed", "6", "--epochs", "80"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
