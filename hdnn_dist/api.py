@@ -27,15 +27,21 @@ from hdnn_dist.job import Job
 from hdnn_dist.metrics import JsonLines, TensorBoard
 from hdnn_dist.model import HDNN
 from hdnn_dist.run import (
-    check_belongs,
     create,
     has_checkpoint,
     reopen,
-    restore,
+    steps_taken,
     vacant,
     write_spec,
 )
-from hdnn_dist.trainer import Listener, LocalRunner, Runner, Summary, Trainer
+from hdnn_dist.trainer import (
+    Listener,
+    LocalRunner,
+    Runner,
+    Summary,
+    Trainer,
+    restore,
+)
 
 
 def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runner:
@@ -82,7 +88,7 @@ def fit(
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
     """
     if has_checkpoint(run):
-        check_belongs(runner.job, run)
+        steps_taken(runner.job, run)  # one that cannot go on is refused before its spec is touched
     write_spec(runner.job, run)
     writers = [JsonLines(run), *([TensorBoard(run)] if tensorboard else [])]
     with ExitStack() as stack:

@@ -221,8 +221,8 @@ class RayRunner:
         """
         deadline, there = time.monotonic() + self.timeout, None
         while True:
-            if there != ray.cluster_resources():
-                there = ray.cluster_resources()
+            if there != (now := ray.cluster_resources()):
+                there = now
                 wanted = self._reserve(there.get("CPU", 1))
             assert self._group is not None
             left = deadline - time.monotonic()
@@ -483,9 +483,8 @@ def _interrupt_held() -> Iterator[None]:
 
 def _in_short(error: RayError) -> str:
     """The first and the last line of what Ray says, without colours."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()]
-    lines = [line for line in lines if line]
-    lines = [line.partition(" Some common causes")[0] for line in lines if line]
+    said = re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()
+    lines = [line.strip().partition(" Some common causes")[0] for line in said if line.strip()]
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 

@@ -20,7 +20,7 @@ same as half steps that a graph of agents can take (see `Update`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -83,6 +83,13 @@ class Member:
     def step(self, y: Tensor, w: Weights) -> Tensor:
         """One layer: `y -> y⁺`, both `(…, B, N)`."""
         raise NotImplementedError
+
+    def propagate(self, y: Tensor, weights: Sequence[Weights]) -> list[Tensor]:
+        """The states `y_0 … y_N` of as many layers as there are `weights`."""
+        states = [y]
+        for w in weights:
+            states.append(self.step(states[-1], w))
+        return states
 
     def inverse(self, y: Tensor, w: Weights) -> Tensor:
         """The layer undone: `y⁺ -> y`.

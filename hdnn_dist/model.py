@@ -54,9 +54,10 @@ class Layers(nn.Module):
             raise UserError(
                 f"features = {features}, layers = {layers}, h = {h}", "give positive numbers"
             )
-        named = isinstance(activation, str)
-        σ = activation_of(str(activation)) if named else checked(activation, "given")
-        self.member = FAMILY[member](h, σ)
+        if isinstance(activation, str):
+            self.member = FAMILY[member](h, activation_of(activation))
+        else:
+            self.member = FAMILY[member](h, checked(activation, "given"))
         self.features, self.layers = features, layers
         needs_halves = member in ("H2", "MS1", "MS3") or (
             member == "H1" and (J is None or (isinstance(J, str) and J == "J1"))
@@ -103,10 +104,7 @@ class Layers(nn.Module):
 
     def propagate(self, y: Tensor) -> list[Tensor]:
         """The states `y_0 … y_N`, features last: each `(B, …, features)`."""
-        states = [y]
-        for w in self.weights():
-            states.append(self.member.step(states[-1], w))
-        return states
+        return self.member.propagate(y, self.weights())
 
     def forward(self, y: Tensor) -> Tensor:
         """`y_N` of `y_0`, `(B, features)` or `(B, features, …)`.
@@ -183,10 +181,7 @@ class HDNN(nn.Module):
 
     def propagate(self, y: Tensor) -> list[Tensor]:
         """The states `y_0 … y_N`, each `(B, 2n)`."""
-        states = [y]
-        for w in self.weights():
-            states.append(self.member.step(states[-1], w))
-        return states
+        return self.member.propagate(y, self.weights())
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores `(B, C)` of the input `(B, F)`."""

@@ -58,8 +58,7 @@ def _norms(report: Json, file: Path) -> Path:
     norms, bounds = figure.subplots(1, 2)
     for network in report["networks"]:
         k = range(1, len(network["norms"]) + 1)
-        rows = [[min(max(norm, _FLOOR), _CEILING) for norm in row] for row in network["norms"]]
-        least, largest = [min(row) for row in rows], [max(row) for row in rows]
+        least, largest = ([_drawn(end(row)) for row in network["norms"]] for end in (min, max))
         (line,) = norms.plot(k, least, label=network["name"], **_dots(least))
         norms.fill_between(k, least, largest, color=line.get_color(), alpha=0.2, linewidth=0)
         bound = [10 ** min(log, math.log10(_CEILING)) for log in network["log10_bounds"]]
@@ -76,7 +75,7 @@ def _norms(report: Json, file: Path) -> Path:
 def _defects(report: Json, file: Path) -> Path:
     figure, axes = _axes("layers k back from the output", r"$\|M_k^T J M_k - J\|$, largest")
     for network in report["networks"]:
-        largest = [min(max(max(row), _FLOOR), _CEILING) for row in network["defects"]]
+        largest = [_drawn(max(row)) for row in network["defects"]]
         axes.plot(range(1, len(largest) + 1), largest, label=network["name"], **_dots(largest))
     axes.set_yscale("log")
     axes.set_title("Symplecticity defect")
@@ -99,7 +98,7 @@ def _gradients(networks: Sequence[Json], file: Path) -> Path:
         records = network["gradients"]
         for k in sorted({*range(0, len(records), 1 + len(records) // 8), len(records) - 1}):
             colour = colormaps["viridis"](0.9 * k / max(1, len(records) - 1))
-            norms = [max(norm, _FLOOR) for norm in records[k]["norms"]]
+            norms = [_drawn(norm) for norm in records[k]["norms"]]
             label = f"epoch {records[k]['epoch']}"
             axes.plot(range(len(norms)), norms, color=colour, label=label, **_dots(norms))
         _describe(axes, "layer j", "")
@@ -107,6 +106,11 @@ def _gradients(networks: Sequence[Json], file: Path) -> Path:
         axes.set_yscale("log")
     panels[0].set_ylabel(r"$\|\partial L/\partial y_j\|$ during training")
     return _save(figure, panels[-1], file)
+
+
+def _drawn(value: float) -> float:
+    """A value where a logarithmic axis can show it."""
+    return min(max(value, _FLOOR), _CEILING)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

@@ -116,9 +116,7 @@ def analyze_layers(layers: Layers, y: Tensor) -> dict[str, Any]:
     layers.check_states(y)
     member = layers.member
     weights = [{k: w.detach().double() for k, w in layer.items()} for layer in layers.weights()]
-    states = [y.detach().double().movedim(1, -1).flatten(0, -2)]
-    for w in weights:
-        states.append(member.step(states[-1], w))
+    states = member.propagate(y.detach().double().movedim(1, -1).flatten(0, -2), weights)
     one_J = has_one_J(member, getattr(layers, "J", None))
     found = sensitivities(
         [partial(member.step, w=w) for w in weights],

@@ -21,7 +21,7 @@ from hdnn_dist.checkpoint import (
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import dump_spec
-from hdnn_dist.trainer import Runner, Summary, read_summary, state_digest
+from hdnn_dist.trainer import Summary, check_belongs, read_summary
 
 # What a run that goes on may change: a checkpoint remains a state of the changed job, and its step
 # the same place in the same order of samples.
@@ -29,7 +29,8 @@ MAY_CHANGE = re.compile(
     r"cluster(\..*)?"
     r"|data\.dir"
     r"|topology\.agents\.\d+\.(cpu|gpu|resources|labels)(\..*)?"
-    r"|training\.(epochs|eval_every|checkpoint_every|keep_last|keep_best|on_nonfinite|clip_norm|alpha|shift|schedule(\..*)?)"
+    r"|training\.(epochs|eval_every|checkpoint_every|keep_last|keep_best|on_nonfinite)"
+    r"|training\.(clip_norm|alpha|shift|schedule(\..*)?)"
     r"|training\.optimizer\.(lr|momentum|betas|weight_decay)(\..*)?"
 )
 _SHOWN = 5  # changed keys that an error names
@@ -124,68 +125,31 @@ def reopen(run: Path, overrides: Sequence[str] = ()) -> Job:
     return job
 
 
-def restore(runner: Runner, run: Path) -> int:
-    """Load a run's latest checkpoint into its agents.
-
-    Args:
-        runner: where the agents live.
-        run: the run directory.
-
-    Returns:
-        The steps that the checkpoint has taken.
+def steps_taken(job: Job, run: Path) -> int:
+    """The steps of a run's latest whole checkpoint, after a look at whose it is.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or it is of another job, or past its end.
+        CheckpointError: as `hdnn_dist.trainer.restore`.
     """
 
-    def use(folder: Path, manifest: Manifest) -> int:
-        _check_belongs(runner.job, run, folder, manifest)
-        runner.load(folder, manifest)
+    def look(folder: Path, manifest: Manifest) -> int:
+        check_belongs(job, run, folder, manifest)
+        verify(folder, manifest)
         return manifest.step
 
-    return from_latest(run, use)
-
-
-def check_belongs(job: Job, run: Path) -> Manifest:
-    """What the latest whole checkpoint of a run says, after a look at whose it is.
-
-    Raises:
-        CheckpointError: as `restore`.
-    """
-
-    def use(folder: Path, manifest: Manifest) -> Manifest:
-        _check_belongs(job, run, folder, manifest)
-        verify(folder, manifest)
-        return manifest
-
-    return from_latest(run, use)
+    return from_latest(run, look)
 
 
 def finished(job: Job, run: Path) -> Summary | None:
     """The summary of a run that has taken all steps of its job; None if there is more to do.
 
     Raises:
-        CheckpointError: as `restore`, but for a run without a checkpoint.
+        CheckpointError: as `steps_taken`, but for a run without a checkpoint.
     """
     if not has_checkpoint(run):
         return None
-    step = check_belongs(job, run).step
+    step = steps_taken(job, run)
     return read_summary(run, step) if step == job.steps else None
-
-
-def _check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None:
-    if manifest.state != state_digest(job):
-        raise CheckpointError(
-            f"{folder}: written by agents of another topology, model or data split than that of "
-            f"{run / 'spec.yaml'}",
-            "restore the spec.yaml of the run",
-        )
-    if manifest.step > job.steps:
-        raise CheckpointError(
-            f"{run} has taken {manifest.step} steps, but {job.spec.training.epochs} epochs are "
-            f"{job.steps}",
-            f"set training.epochs to {-(-manifest.step // job.steps_per_epoch)} or more",
-        )
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -32,7 +32,7 @@ from hdnn_dist.checkpoint import (
     write_json,
 )
 from hdnn_dist.data import Part
-from hdnn_dist.errors import LostError, RunError
+from hdnn_dist.errors import CheckpointError, LostError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
@@ -275,24 +275,14 @@ class Trainer:
             try:
                 if restarts:
                     self.runner.reform()
-                return self._fit(self._restore(), restarts)
+                step = restore(self.runner, self.run) if checkpoints(self.run) else 0
+                return self._fit(step, restarts)
             except LostError as error:
                 if restarts == budget:
                     spent = f"; all {budget} restarts (cluster.max_restarts) are spent"
                     raise LostError(str(error) + spent * (budget > 0)) from None
                 restarts += 1
                 self._tell("lost", error, restarts)
-
-    def _restore(self) -> int:
-        """Load the latest checkpoint, if there is one; the steps that it has taken."""
-        if not checkpoints(self.run):
-            return 0
-
-        def load(folder: Path, manifest: Manifest) -> int:
-            self.runner.load(folder, manifest)
-            return manifest.step
-
-        return from_latest(self.run, load)
 
     def _fit(self, step: int, restarts: int) -> Summary:
         """Train from `step` to the end."""
@@ -431,6 +421,48 @@ def state_digest(job: Job) -> str:
         spec.training.optimizer.name,
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def restore(runner: Runner, run: Path) -> int:
+    """Load a run's latest checkpoint into its agents.
+
+    Args:
+        runner: where the agents live.
+        run: the run directory.
+
+    Returns:
+        The steps that the checkpoint has taken.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it is of another job, or past its end.
+    """
+
+    def use(folder: Path, manifest: Manifest) -> int:
+        check_belongs(runner.job, run, folder, manifest)
+        runner.load(folder, manifest)
+        return manifest.step
+
+    return from_latest(run, use)
+
+
+def check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None:
+    """A checkpoint is of this very job, and not past its end.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if manifest.state != state_digest(job):
+        raise CheckpointError(
+            f"{folder}: written by agents of another topology, model or data split than that of "
+            f"{run / 'spec.yaml'}",
+            "restore the spec.yaml of the run",
+        )
+    if manifest.step > job.steps:
+        raise CheckpointError(
+            f"{run} has taken {manifest.step} steps, but {job.spec.training.epochs} epochs are "
+            f"{job.steps}",
+            f"set training.epochs to {-(-manifest.step // job.steps_per_epoch)} or more",
+        )
 
 
 def read_summary(run: Path, steps: int) -> Summary | None:

@@ -27,8 +27,8 @@ from hdnn_dist.errors import CheckpointError, LostError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.reader import spec_from_dict
-from hdnn_dist.run import create, finished, has_checkpoint, reopen, restore, vacant
-from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner, state_digest
+from hdnn_dist.run import create, finished, has_checkpoint, reopen, vacant
+from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner, restore, state_digest
 
 
 def tiny(**changes: object) -> Job:

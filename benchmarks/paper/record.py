@@ -75,17 +75,21 @@ def fill(
         parser.error(f"{file} has {record['settings']}, not {settings}: give another --out")
     cells: Cells = record["cells"]
     missing = [key for key in keys if key not in cells]
+
+    def write_table() -> str:
+        text = f"{_caption(settings)}\n\n{table(cells)}"
+        write_text(file.with_suffix(".md"), text)
+        return text
+
     try:
         for key, value in _computed(missing, partial(_one_thread, compute, options), options.jobs):
             cells[key] = value
             write_text(file, json.dumps(record, indent=1) + "\n")
-            write_text(file.with_suffix(".md"), f"{_caption(settings)}\n\n{table(cells)}")
+            write_table()
             print(f"{key}: {value}", flush=True)
     except UserError as error:
         parser.error(str(error))
-    text = f"{_caption(settings)}\n\n{table(cells)}"
-    write_text(file.with_suffix(".md"), text)
-    print(text)
+    print(write_table())
     return cells
 
 
