@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hdnn_dist.job import Job
     from hdnn_dist.model import HDNN, Layers
     from hdnn_dist.report import analyze, analyze_layers
+    from hdnn_dist.run import regroup
     from hdnn_dist.topology import Topology
     from hdnn_dist.trainer import Listener, LocalRunner, Summary, Trainer
 
@@ -39,6 +40,7 @@ _HOME = {
     "launch": "api",
     "load": "api",
     "open_run": "api",
+    "regroup": "run",
     "train": "api",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "launch",
     "load",
     "open_run",
+    "regroup",
     "train",
 ]
 

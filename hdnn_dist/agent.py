@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hdnn_dist.analysis import Sums
+from hdnn_dist.architecture import Architecture
 from hdnn_dist.data import (
     Part,
     background,
@@ -313,12 +314,21 @@ class Agent:
                     tensors[f"optimizer/{name}/{key}"] = value
         return tensors
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], writer: Architecture | None = None) -> None:
         """Put back what `state` gave.
+
+        Args:
+            tensors: the state.
+            writer: the network it is of, where other agents took part in that: blocks that belong
+                to agents of both are put back, those that are new keep their initial values.
 
         Raises:
             CheckpointError: names, shapes or types are not this agent's.
         """
+        if writer is not None:
+            tensors = {
+                key: self._carried_over(key, value, writer) for key, value in tensors.items()
+            }
         for name, weight in self.weights.items():
             value = tensors.get(f"weights/{name}")
             if value is None or value.shape != weight.shape or value.dtype != weight.dtype:
@@ -340,6 +350,19 @@ class Agent:
                 self.optimizer.state[weight] = state
             else:
                 self.optimizer.state.pop(weight, None)
+
+    def _carried_over(self, key: str, value: Tensor, writer: Architecture) -> Tensor:
+        """A tensor of the state, from a network of other agents to this one."""
+        kind, name = key.split("/")[:2]
+        architecture = self.job.architecture
+        has_neighbours = name in (*architecture.member.matrices, *architecture.coupling)
+        if not has_neighbours or value.dim() < 2:  # an optimiser's count of steps has no columns
+            return value
+        weight = self.weights[name].detach()
+        carried = weight.clone() if kind == "weights" else torch.zeros_like(weight)
+        here, there = architecture.common_columns(self.i, name, writer)
+        carried[..., here] = value[..., there]
+        return carried
 
 
 def cross_entropy(scores_CB: Tensor, labels_B: Tensor) -> tuple[float, int, Tensor]:

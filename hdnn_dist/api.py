@@ -18,8 +18,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from torch import Tensor
-
 from hdnn_dist.checkpoint import Manifest, from_latest, latest_checkpoint, load_agent
 from hdnn_dist.data import ensure_available
 from hdnn_dist.errors import UserError
@@ -151,7 +149,8 @@ def open_run(
         CheckpointError: the run or its checkpoint cannot be used.
     """
     job = reopen(Path(run), overrides)
-    latest_checkpoint(Path(run))  # a run without one is refused before a cluster is started
+    _, manifest = latest_checkpoint(Path(run))  # refused, if none, before a cluster is started
+    job = job.without(set(job.names) - manifest.files.keys())
     with closing(launch(job, local=local, address=address)) as runner:
         yield runner, restore(runner, Path(run))
 
@@ -164,10 +163,11 @@ def load(run: str | os.PathLike[str]) -> HDNN:
     Raises:
         CheckpointError: the run or its checkpoint cannot be used.
     """
-    job = reopen(Path(run))
+    whole = reopen(Path(run))
 
-    def weights(folder: Path, manifest: Manifest) -> dict[int, dict[str, Tensor]]:
-        return {
+    def model(folder: Path, manifest: Manifest) -> HDNN:
+        job = whole.without(set(whole.names) - manifest.files.keys())
+        parts = {
             i: {
                 key.removeprefix("weights/"): value
                 for key, value in load_agent(folder, name, manifest).items()
@@ -175,8 +175,8 @@ def load(run: str | os.PathLike[str]) -> HDNN:
             }
             for i, name in enumerate(job.topology.names)
         }
+        model = HDNN(job.architecture, job.dtype)
+        model.load_state_dict(job.architecture.assemble(parts))
+        return model
 
-    parts = from_latest(Path(run), weights)
-    model = HDNN(job.architecture, job.dtype)
-    model.load_state_dict(job.architecture.assemble(parts))
-    return model
+    return from_latest(Path(run), model)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Literal
@@ -234,6 +234,54 @@ class Architecture:
     def split(self, dense: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
         """Agent `i`'s part of the dense weights (or of their gradients)."""
         return {name: dense[name][index] for name, index in self.blocks(i).items()}
+
+    def keep(self, agents: tuple[int, ...], readers: tuple[int, ...], tree: Tree) -> Architecture:
+        """The network of some agents, numbered anew; blocks between them stay what they are.
+
+        Args:
+            agents: who is kept, in ascending order.
+            readers: the readers among them, by their new numbers.
+            tree: the tree that is left, by their new numbers.
+        """
+        y = self.stacked(agents)
+        both = torch.cat([y, self.n + y])
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in agents),
+            patterns=self.patterns.keep(agents),
+            columns=tuple(self.columns[i] for i in agents),
+            enter=tuple(self.enter[i] for i in agents),
+            readers=readers,
+            tree=tree,
+            J=None if self.J is None else self.J[..., both[:, None], both],
+            X=None if self.X is None else self.X[y[:, None], y],
+        )
+
+    def common_columns(self, i: int, weight: str, other: Architecture) -> tuple[Tensor, Tensor]:
+        """Where the blocks that an agent has here and in `other` lie, in its part of a weight.
+
+        Args:
+            i: the agent, by its number here.
+            weight: a `K`, `X` or `J`, whose columns are those of the agents that `i` reads.
+            other: a network of other agents of the same job, `i` among them.
+
+        Returns:
+            Positions among the columns here, and those of the same numbers there.
+        """
+
+        def places(a: Architecture, i: int) -> dict[str, slice]:
+            row = (a.patterns.R if weight in a.coupling else a.patterns.K).rows[i]
+            return dict(
+                zip((a.names[l] for l in row), offsets([a.sizes[l] for l in row]), strict=True)
+            )
+
+        here, there = places(self, i), places(other, other.names.index(self.names[i]))
+        common = [name for name in here if name in there]
+
+        def positions(of: dict[str, slice]) -> Tensor:
+            return torch.cat([torch.arange(of[name].start, of[name].stop) for name in common])
+
+        return positions(here), positions(there)
 
     def count(self, i: int) -> int:
         """How many numbers agent `i` trains."""

@@ -6,6 +6,7 @@
       spec.yaml                 the resolved spec
       metrics.jsonl             one record a line: training steps and evaluations
       summary.json              figures of the whole run
+      absent.json               agents of the spec that are not to take part, if any
       tensorboard/              the same metrics as TensorBoard events
       checkpoints/
         step-00000230/
@@ -25,12 +26,12 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -38,6 +39,7 @@ from torch import Tensor
 from hdnn_dist.errors import CheckpointError, DamagedError
 
 FORMAT = 1
+_NAMES = TypeAdapter(list[str])
 log = logging.getLogger("hdnn_dist")
 
 
@@ -265,6 +267,28 @@ def read_manifest(folder: Path) -> Manifest:
             "use the version of hdnn-dist that wrote it",
         )
     return manifest
+
+
+def read_absent(run: Path) -> tuple[str, ...]:
+    """The agents of the spec that are not to take part in a run from its next checkpoint on.
+
+    Raises:
+        CheckpointError: the run has a file of them which is none.
+    """
+    file = run / "absent.json"
+    try:
+        return tuple(_NAMES.validate_json(file.read_bytes()))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValidationError):
+        raise CheckpointError(
+            f"{file}: damaged, or no list of names", "remove it for all agents to take part"
+        ) from None
+
+
+def write_absent(run: Path, agents: Sequence[str]) -> None:
+    """Say which agents of the spec are not to take part in a run."""
+    write_json(run / "absent.json", list(agents))
 
 
 def to_json(content: object, indent: int | None = None) -> str:

@@ -336,6 +336,30 @@ def check(
         Console().print(render(report))
 
 
+AgentsArgument = Annotated[
+    list[str], typer.Argument(metavar="AGENT...", help="Names of agents in the run's spec.")
+]
+
+
+@app.command()
+def drop(run: RunArgument, agents: AgentsArgument) -> None:
+    """Have agents leave a run, at its next checkpoint or when it is resumed."""
+    _regroup(run, leave=agents)
+
+
+@app.command()
+def join(run: RunArgument, agents: AgentsArgument) -> None:
+    """Have agents that left a run join it again, with fresh weights, at its next checkpoint."""
+    _regroup(run, join=agents)
+
+
+def _regroup(run: Path, **changes: Sequence[str]) -> None:
+    from hdnn_dist.run import regroup
+
+    absent = regroup(run, **changes)
+    print(f"absent from the next checkpoint of {run} on: {', '.join(absent) or 'nobody'}")
+
+
 class Beside(StrEnum):
     """What a run is compared with."""
 

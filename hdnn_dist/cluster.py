@@ -104,10 +104,12 @@ class AgentActor:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def host(self, spec: Spec, agents: Sequence[int], packing: Packing) -> str:
+    def host(
+        self, spec: Spec, agents: Sequence[int], packing: Packing, absent: Sequence[str] = ()
+    ) -> str:
         """Take on some agents of a job, and return the digest of the job as this actor sees it."""
         torch.set_num_threads(spec.cluster.threads or 1)
-        job = Job.of(spec)
+        job = Job.of(spec).without(absent)
         S = job.architecture.patterns.S
         transport = (
             InProcess(S)
@@ -197,13 +199,14 @@ class RayRunner:
         try:
             if self._own_ray:
                 _start(address_of(job.spec.cluster, address))
-            self.reform()
+            self.reform(job)
         except BaseException:
             self.close()
             raise
 
-    def reform(self) -> None:
+    def reform(self, job: Job) -> None:
         """See `Runner`: the actors there are make room for new ones."""
+        self.job = job
         try:
             self._disband()
             self._place()
@@ -274,7 +277,7 @@ class RayRunner:
             self._ask([(rank, "join", (meeting, rank, size, self.timeout)) for rank in range(size)])
         digests = self._ask(
             [
-                (rank, "host", (self.job.spec, self.packing[rank], self.packing))
+                (rank, "host", (self.job.spec, self.packing[rank], self.packing, self.job.absent))
                 for rank in range(size)
             ]
         )
@@ -382,19 +385,33 @@ class RayRunner:
             except RayError as error:
                 failed[pending[call]] = error
         pings = {actor.alive.remote(): rank for rank, actor in enumerate(self._actors)}
-        _, silent = ray.wait(list(pings), num_returns=len(pings), timeout=GRACE)
+        answered, silent = ray.wait(list(pings), num_returns=len(pings), timeout=GRACE)
         causes = {
             rank: error.cause for rank, error in failed.items() if isinstance(error, RayTaskError)
         }
         for cause in causes.values():
             if isinstance(cause, HdnnError) and not isinstance(cause, TransportError):
                 return cause
-        for rank, failure in failed.items():
-            if not isinstance(failure, RayTaskError):  # the actor, its worker or its node
-                return LostError(f"{self._who(rank)} died: {_in_short(failure)}")
-        if silent:
-            who = " and ".join(self._who(pings[call]) for call in silent)
-            return LostError(f"{who} did not answer: its process is stopped, or its network is cut")
+        for call in answered:
+            try:
+                ray.get(call)
+            except RayError as error:
+                failed[pings[call]] = error
+        dead = {  # the actor, its worker or its node
+            rank: error for rank, error in failed.items() if not isinstance(error, RayTaskError)
+        }
+        lost = [
+            *(f"{self._who(rank)} died: {_in_short(error)}" for rank, error in dead.items()),
+            *(
+                f"{self._who(pings[call])} did not answer: its process is stopped, or its network "
+                "is cut"
+                for call in silent
+            ),
+        ]
+        if lost:
+            ranks = sorted([*dead, *(pings[call] for call in silent)])
+            names = [self.job.topology.names[i] for rank in ranks for i in self.packing[rank]]
+            return LostError("; ".join(lost), names)
         for rank, failure in failed.items():
             if not isinstance(causes.get(rank), TransportError):
                 return RunError(f"{self._who(rank)} failed:\n{failure}")

@@ -69,8 +69,15 @@ def verdict(step: int, epoch: int, evaluation: Evaluation) -> str:
 
 
 def loss(cause: LostError, restart: int) -> str:
-    """What was lost, in a line."""
-    return f"lost: {cause}\nrestart {restart}: all agents start anew, from the last checkpoint"
+    """What was lost, in two lines."""
+    return f"lost: {cause}\nrestart {restart}: agents start anew, from the last checkpoint"
+
+
+def change(step: int, left: Sequence[str], joined: Sequence[str]) -> str:
+    """Who has left and who has joined, in a line."""
+    parts = [f"without {', '.join(left)}"] * bool(left)
+    parts += [f"with {', '.join(joined)}, at initial weights,"] * bool(joined)
+    return f"goes on {' and '.join(parts)} from step {step}"
 
 
 class _TwoRows(Bar):
@@ -134,6 +141,11 @@ class LiveView(Listener):
     def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
         self.console.print(loss(cause, restart), highlight=False, markup=False)
 
+    def regrouped(  # noqa: D102
+        self, step: int, left: Sequence[str], joined: Sequence[str]
+    ) -> None:
+        self.console.print(change(step, left, joined), highlight=False, markup=False)
+
     def close(self) -> None:  # noqa: D102
         self._bar.stop()
 
@@ -169,6 +181,11 @@ class PlainView(Listener):
 
     def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
         self._print(loss(cause, restart))
+
+    def regrouped(  # noqa: D102
+        self, step: int, left: Sequence[str], joined: Sequence[str]
+    ) -> None:
+        self._print(change(step, left, joined))
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

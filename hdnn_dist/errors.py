@@ -93,7 +93,19 @@ class AgreementError(RunError):
 
 
 class LostError(RunError):
-    """Actors died, stopped or lost their network: the job can go on from a checkpoint."""
+    """Actors died, stopped or lost their network: the job can go on from a checkpoint.
+
+    Args:
+        message: what happened.
+        agents: names of all agents that were lost, where they are known.
+    """
+
+    def __init__(self, message: str, agents: Sequence[str] = ()) -> None:
+        super().__init__(message, agents)  # as given, so that it travels between processes whole
+        self.message, self.agents = message, tuple(agents)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class TransportError(LostError):

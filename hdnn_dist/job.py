@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.data import DataInfo, View, describe, split_features
-from hdnn_dist.errors import SpecError, UserError
+from hdnn_dist.errors import SpecError, UserError, did_you_mean
 from hdnn_dist.exchange import Plan
 from hdnn_dist.family import FAMILY
 from hdnn_dist.hamiltonian import Activation, activation_of
@@ -36,6 +36,8 @@ class Job:
         views: per agent, what it sees of a sample.
         architecture: the network on the graph.
         plan: the rounds of a training step.
+        absent: names of the spec's agents that do not take part, in the spec's order; all other
+            attributes but `spec` are without them.
     """
 
     spec: Spec
@@ -44,6 +46,7 @@ class Job:
     views: tuple[View, ...]
     architecture: Architecture
     plan: Plan
+    absent: tuple[str, ...] = ()
 
     @classmethod
     def load(
@@ -117,18 +120,60 @@ class Job:
             J=J,
             X=X,
         )
-        norm_tree = None
-        if spec.training.clip_norm is not None or spec.training.on_nonfinite == "skip":
-            key = "on_nonfinite" if spec.training.clip_norm is None else "clip_norm"
-            try:
-                norm_tree = topology.spanning_tree(tree.root)
-            except SpecError as error:
-                raise SpecError(
-                    ("training", key),
-                    f"the norm is summed over all agents, but {error.problem}",
-                    f"connect them or leave {key} out",
-                ) from None
-        return cls(spec, topology, data, views, architecture, Plan.of(architecture, norm_tree))
+        plan = Plan.of(architecture, _norm_tree(spec, topology, tree.root))
+        return cls(spec, topology, data, views, architecture, plan)
+
+    def without(self, absent: Iterable[str]) -> Job:
+        """The job of the same spec in which these agents, and no others, do not take part.
+
+        The others keep what they see, hold and compute; only the blocks between them and those
+        that are absent are gone. The root stays the spec's, as it alone holds the labels.
+
+        Raises:
+            UserError: an agent is not the spec's, or those that are left cannot go on.
+        """
+        whole = Job.of(self.spec) if self.absent else self
+        names, gone = whole.topology.names, set(absent)
+        for name in sorted(gone - set(names)):
+            raise UserError(f"there is no agent {name!r}", did_you_mean(name, names))
+        if not gone:
+            return whole
+        leaving = ", ".join(name for name in names if name in gone)
+        root = names[whole.root]
+        if root in gone:
+            raise UserError(
+                f"{root!r} is the root of the readout, which alone holds the labels",
+                "keep it, or train a new run with another model.readout.root",
+            )
+        kept = tuple(i for i, name in enumerate(names) if name not in gone)
+        topology = whole.topology.without(gone)
+        readers = tuple(
+            topology.index(names[r]) for r in whole.architecture.readers if names[r] not in gone
+        )
+        if not readers or not any(whole.views[i].columns for i in kept):
+            what = "sees any input" if readers else "contributes to the scores"
+            raise UserError(f"without {leaving} no agent is left that {what}", "keep one that does")
+        try:
+            tree = topology.spanning_tree(topology.index(root), readers)
+            norm_tree = _norm_tree(self.spec, topology, tree.root)
+        except SpecError as error:
+            raise UserError(
+                f"without {leaving}: {error.problem}", "keep one that connects them"
+            ) from None
+        architecture = whole.architecture.keep(kept, readers, tree)
+        return replace(
+            whole,
+            topology=topology,
+            views=tuple(whole.views[i] for i in kept),
+            architecture=architecture,
+            plan=Plan.of(architecture, norm_tree),
+            absent=tuple(name for name in names if name in gone),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All agents of the spec, absent ones too."""
+        return Topology.from_spec(self.spec.topology).names
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,6 +276,21 @@ def _readout(spec: Spec, topology: Topology) -> tuple[tuple[int, ...], Tree]:
     else:
         root = topology.centre() if readout.agents == "all" else readers[0]
     return readers, topology.spanning_tree(root, readers)
+
+
+def _norm_tree(spec: Spec, topology: Topology, root: int) -> Tree | None:
+    """The tree that a norm over all agents is summed up, if one is asked for."""
+    if spec.training.clip_norm is None and spec.training.on_nonfinite != "skip":
+        return None
+    key = "on_nonfinite" if spec.training.clip_norm is None else "clip_norm"
+    try:
+        return topology.spanning_tree(root)
+    except SpecError as error:
+        raise SpecError(
+            ("training", key),
+            f"the norm is summed over all agents, but {error.problem}",
+            f"connect them or leave {key} out",
+        ) from None
 
 
 def _activation(spec: Spec) -> Activation:

@@ -24,6 +24,7 @@ class JsonLines(Listener):
          "grad_norm": null, "samples_per_second": 5000.0}
         {"kind": "gradients", "step": 22, "epoch": 1, "norms": [0.02, 0.02, 0.03]}
         {"kind": "eval", "step": 22, "epoch": 1, "loss": 0.4, "accuracy": 0.9, "samples": 360}
+        {"kind": "agents", "step": 22, "left": ["a3"], "joined": []}
 
     `norms` are `‖∂loss/∂y_j‖` of the states `y_0 … y_N` in an epoch's last step, over its batch.
 
@@ -61,6 +62,12 @@ class JsonLines(Listener):
 
     def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:  # noqa: D102
         self._write(kind="gradients", step=step, epoch=epoch, norms=list(norms))
+        self._flush()
+
+    def regrouped(  # noqa: D102
+        self, step: int, left: Sequence[str], joined: Sequence[str]
+    ) -> None:
+        self._write(kind="agents", step=step, left=list(left), joined=list(joined))
         self._flush()
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102

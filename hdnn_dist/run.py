@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from hdnn_dist.checkpoint import (
     Manifest,
     checkpoints,
     from_latest,
+    read_absent,
     verify,
+    write_absent,
     write_text,
 )
-from hdnn_dist.errors import CheckpointError
+from hdnn_dist.errors import CheckpointError, UserError, did_you_mean
 from hdnn_dist.job import Job
 from hdnn_dist.reader import dump_spec
 from hdnn_dist.trainer import Summary, check_belongs, read_summary
@@ -122,7 +124,41 @@ def reopen(run: Path, overrides: Sequence[str] = ()) -> Job:
                 f"{run}: {', '.join(changed[:_SHOWN])}{more} in this run, and cannot change",
                 "leave it as it is, or train a new run",
             )
-    return job
+    return job.without(read_absent(run))
+
+
+def regroup(run: Path, leave: Collection[str] = (), join: Collection[str] = ()) -> tuple[str, ...]:
+    """Have agents of a run leave it or join it when it next writes a checkpoint or goes on.
+
+    Those that leave keep nothing; those that join start from their initial weights.
+
+    Args:
+        run: the run directory.
+        leave: names of agents.
+        join: names of agents.
+
+    Returns:
+        All that will be absent.
+
+    Raises:
+        CheckpointError: not a run directory.
+        UserError: an agent is not the spec's, leaves or joins twice, or those that are left cannot
+            go on.
+    """
+    job = reopen(run)
+    absent = set(job.absent)
+    for name in (*leave, *join):
+        if name not in job.names:
+            raise UserError(f"there is no agent {name!r}", did_you_mean(name, job.names))
+    for name in leave:
+        if name in absent:
+            raise UserError(f"agent {name!r} takes no part already", "leave it out")
+    for name in join:
+        if name not in absent:
+            raise UserError(f"agent {name!r} takes part already", "leave it out")
+    regrouped = job.without((absent | set(leave)) - set(join))
+    write_absent(run, regrouped.absent)
+    return regrouped.absent
 
 
 def steps_taken(job: Job, run: Path) -> int:

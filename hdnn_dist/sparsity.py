@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import accumulate, cycle
 from operator import or_
@@ -99,6 +99,13 @@ class BlockPattern:
             tuple(tuple(sorted(set().union(*(other.rows[l] for l in row)))) for row in self.rows)
         )
 
+    def keep(self, agents: Sequence[int]) -> BlockPattern:
+        """The rows and columns of some agents, given in ascending order, numbered anew."""
+        position = {i: k for k, i in enumerate(agents)}
+        return BlockPattern(
+            tuple(tuple(position[l] for l in self.rows[i] if l in position) for i in agents)
+        )
+
     def __str__(self) -> str:
         width = range(self.size)
         return "\n".join(
@@ -152,6 +159,16 @@ class Patterns:
     def K(self) -> BlockPattern:
         """The union of `T` over the layers: where any layer's `K` may be non-zero."""
         return union(dict.fromkeys(self.T))
+
+    def keep(self, agents: Sequence[int]) -> Patterns:
+        """What is left of them on the graph of some agents, given in ascending order."""
+        return replace(
+            self,
+            sizes=tuple(self.sizes[i] for i in agents),
+            T=tuple(T.keep(agents) for T in self.T),
+            R=self.R.keep(agents),
+            S=self.S.keep(agents),
+        )
 
     @property
     def layers(self) -> int:

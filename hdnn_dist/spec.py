@@ -519,7 +519,12 @@ class ClusterSpec(Section):
     max_restarts: Annotated[int, Field(ge=0, le=10**6)] = Field(
         default=3,
         description="How often a run goes on by itself from its last checkpoint, on the machines "
-        "that are left, after it has lost actors.",
+        "that are left, after it has lost actors (see on_agent_loss).",
+    )
+    on_agent_loss: Literal["stop", "restart", "drop"] = Field(
+        default="restart",
+        description="When actors are lost: stop the run; start all agents anew; or go on without "
+        "the agents that were lost, as long as all others reach the readout.",
     )
     threads: Threads | None = Field(
         default=None,

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -234,6 +234,18 @@ class Topology:
             root,
             {child: parent for child, parent in sorted(up.items()) if child in on_path},
             {node: hops for node, hops in sorted(depth.items()) if node in on_path},
+        )
+
+    def without(self, absent: Collection[str]) -> Topology:
+        """The graph that is left when agents leave, with the others in the order they had."""
+        kept = [i for i, name in enumerate(self.names) if name not in absent]
+        position = {i: k for k, i in enumerate(kept)}
+        return replace(
+            self,
+            agents=tuple(self.agents[i] for i in kept),
+            edges=tuple(
+                (position[l], position[i]) for l, i in self.edges if {l, i} <= position.keys()
+            ),
         )
 
     def digest(self) -> str:

@@ -26,14 +26,17 @@ from hdnn_dist.checkpoint import (
     checkpoint_folder,
     checkpoints,
     from_latest,
+    read_absent,
     read_manifest,
     set_aside,
+    write_absent,
     write_checkpoint,
     write_json,
 )
 from hdnn_dist.data import Part
-from hdnn_dist.errors import CheckpointError, LostError, RunError
+from hdnn_dist.errors import CheckpointError, LostError, RunError, UserError
 from hdnn_dist.job import Job
+from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
 
@@ -85,8 +88,12 @@ class Runner(Protocol):
         """Put back what `save` wrote."""
         ...
 
-    def reform(self) -> None:
-        """Start all agents anew, at their initial weights, where there is room for them."""
+    def reform(self, job: Job) -> None:
+        """Start all agents of a job anew, at their initial weights, where there is room for them.
+
+        Args:
+            job: the runner's own, or that of other agents of the same spec (`Job.without`).
+        """
         ...
 
     def close(self) -> None:
@@ -104,7 +111,7 @@ class LocalRunner:
     def __init__(self, job: Job) -> None:
         self.job = job
         torch.set_num_threads(job.spec.cluster.threads or 1)
-        self.reform()
+        self.reform(job)
 
     def describe(self) -> str:
         """See `Runner`; so too below."""
@@ -141,9 +148,10 @@ class LocalRunner:
     def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
         self.worker.load(folder, manifest)
 
-    def reform(self) -> None:  # noqa: D102
-        agents = range(len(self.job.topology.agents))
-        self.worker = Worker(self.job, agents, InProcess(self.job.architecture.patterns.S))
+    def reform(self, job: Job) -> None:  # noqa: D102
+        self.job = job
+        agents = range(len(job.topology.agents))
+        self.worker = Worker(job, agents, InProcess(job.architecture.patterns.S))
 
     def close(self) -> None:  # noqa: D102
         pass
@@ -192,6 +200,7 @@ class Summary:
         parameters: of all agents.
         placement: what ran where.
         restarts: after losses, by the process that ended the run.
+        absent: agents of the spec that do not take part in the end.
     """
 
     run: str
@@ -208,6 +217,7 @@ class Summary:
     parameters: int
     placement: str
     restarts: int = 0
+    absent: tuple[str, ...] = ()
 
 
 class Listener:
@@ -218,6 +228,9 @@ class Listener:
 
     def lost(self, cause: LostError, restart: int) -> None:
         """Actors were lost; the run goes on from its last checkpoint, for the n-th time."""
+
+    def regrouped(self, step: int, left: Sequence[str], joined: Sequence[str]) -> None:
+        """After `step` steps, agents have left the run or joined it; an evaluation follows."""
 
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
         """Some steps were taken."""
@@ -261,39 +274,66 @@ class Trainer:
     def fit(self) -> Summary:
         """Train to the last epoch from the latest checkpoint, evaluating and saving on the way.
 
-        When actors are lost, all are started anew where there is room, and the run goes on from its
-        last checkpoint (from the initial weights, before the first one), `cluster.max_restarts`
-        times. A run that is complete already is left as it is, and its summary returned.
+        When actors are lost, all are started anew where there is room, or with `cluster.
+        on_agent_loss: drop` all others, and the run goes on from its last checkpoint (from the
+        initial weights, before the first one), `cluster.max_restarts` times. Agents that are asked
+        to leave or to join (`absent.json`) do so when a checkpoint is written. A run that is
+        complete already is left as it is, and its summary returned.
 
         Raises:
             KeyboardInterrupt: `stop` was set; a checkpoint of this very step is there.
-            LostError: actors were lost once more than `cluster.max_restarts`.
+            LostError: actors were lost, and the run may not or cannot go on without them.
             RunError: a loss, state or gradient is not finite; the last checkpoint is good.
         """
-        budget, restarts = self.runner.job.spec.cluster.max_restarts, 0
+        cluster, restarts = self.runner.job.spec.cluster, 0
+        again = False
         while True:
             try:
-                if restarts:
-                    self.runner.reform()
+                job = self._wanted()
+                if again or job is not self.runner.job:
+                    self.runner.reform(job)
+                again = False
                 step = restore(self.runner, self.run) if checkpoints(self.run) else 0
-                return self._fit(step, restarts)
+                if (summary := self._fit(step, restarts)) is not None:
+                    return summary
             except LostError as error:
-                if restarts == budget:
-                    spent = f"; all {budget} restarts (cluster.max_restarts) are spent"
-                    raise LostError(str(error) + spent * (budget > 0)) from None
-                restarts += 1
+                if cluster.on_agent_loss == "stop":
+                    raise
+                if restarts == cluster.max_restarts:
+                    spent = f"; all {restarts} restarts (cluster.max_restarts) are spent"
+                    raise LostError(str(error) + spent * (restarts > 0), error.agents) from None
+                if cluster.on_agent_loss == "drop":
+                    self._drop(error)
+                restarts, again = restarts + 1, True
                 self._tell("lost", error, restarts)
 
-    def _fit(self, step: int, restarts: int) -> Summary:
-        """Train from `step` to the end."""
+    def _wanted(self) -> Job:
+        """The job of those agents that are to take part: the runner's own, if it is that."""
+        job, absent = self.runner.job, read_absent(self.run)
+        return job if set(absent) == set(job.absent) else job.without(absent)
+
+    def _drop(self, error: LostError) -> None:
+        """Have a run go on without the agents that it has lost."""
+        absent = {*self.runner.job.absent, *error.agents}
+        try:
+            job = self.runner.job.without(absent)
+        except UserError as reason:
+            raise LostError(
+                f"{error}; the run cannot go on without: {reason}", error.agents
+            ) from None
+        write_absent(self.run, job.absent)
+
+    def _fit(self, step: int, restarts: int) -> Summary | None:
+        """Train from `step` to the end, or until other agents are to take part: then None."""
         job, runner = self.runner.job, self.runner
         training, per_epoch = job.spec.training, job.steps_per_epoch
         if step == job.steps and (written := read_summary(self.run, step)) is not None:
             return written
         set_aside(self.run, step)
-        before_us = Totals()
+        before_us, took_part = Totals(), set(job.names)
         if step:
-            before_us = read_manifest(checkpoint_folder(self.run, step)).totals
+            manifest = read_manifest(checkpoint_folder(self.run, step))
+            before_us, took_part = manifest.totals, set(manifest.files)
         training_seconds, best = before_us.training_seconds, before_us.best_test_accuracy
         started, sent = time.perf_counter(), self._sent()
 
@@ -320,6 +360,10 @@ class Trainer:
         evaluation: Evaluation | None = None  # of the weights after `step` steps
         chunk = 1
         self._tell("started", runner, step)
+        if took_part != (now := set(job.topology.names)):
+            self._tell("regrouped", step, sorted(took_part - now), sorted(now - took_part))
+            evaluation = runner.evaluate()
+            self._tell("evaluated", step, step // per_epoch, evaluation)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
             before = time.perf_counter()
@@ -340,8 +384,10 @@ class Trainer:
                     self._tell("evaluated", step, epoch, evaluation)
             if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
                 save()
-            if stopped and not ends:
-                raise KeyboardInterrupt
+                if stopped and not ends:
+                    raise KeyboardInterrupt
+                if not ends and self._wanted() is not job:
+                    return None
         if evaluation is None:  # all steps were taken, but the summary is not there
             evaluation = runner.evaluate()
             best = max(best, evaluation.accuracy)
@@ -356,6 +402,7 @@ class Trainer:
             parameters=job.parameters,
             placement=runner.describe(),
             restarts=restarts,
+            absent=job.absent,
             **totals().model_dump(),
         )
         write_json(self.run / "summary.json", asdict(summary))
@@ -367,7 +414,7 @@ class Trainer:
             return self.runner.train(count)
         except LostError as error:
             steps = f"steps {step + 1} to {step + count}" if count > 1 else f"step {step + 1}"
-            raise LostError(f"{steps}: {error}") from None
+            raise LostError(f"{steps}: {error}", error.agents) from None
 
     def _check_finite(self, results: Sequence[StepResult]) -> None:
         """Name the first number of some steps that is not finite: stop, or say what was skipped."""
@@ -414,7 +461,7 @@ def state_digest(job: Job) -> str:
     """SHA-256 over all that gives the states in a checkpoint their meaning."""
     spec = job.spec
     parts = (
-        job.topology.digest(),
+        Topology.from_spec(spec.topology).digest(),
         spec.model.model_dump_json(),
         spec.data.model_dump_json(include={"name", "split"}),
         spec.training.model_dump_json(include={"dtype"}),
@@ -470,7 +517,7 @@ def read_summary(run: Path, steps: int) -> Summary | None:
     try:
         content = json.loads((run / "summary.json").read_bytes())
         values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
-        found = Summary(**values)
+        found = Summary(**values | {"absent": tuple(values.get("absent", ()))})
     except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
         return None
     return replace(found, run=str(run)) if found.steps == steps else None  # it may have moved

@@ -132,11 +132,17 @@ class Worker:
     def load(self, folder: Path, manifest: Manifest) -> None:
         """Put back what `save` wrote, whichever processes wrote it.
 
+        Agents that did not take part in the checkpoint keep the weights they have.
+
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
         """
+        took_part = manifest.files.keys()
+        same = set(self.job.topology.names) == took_part
+        writer = None if same else self.job.without(set(self.job.names) - took_part).architecture
         for agent in self.agents.values():
-            agent.load_state(load_agent(folder, agent.name, manifest))
+            if same or agent.name in took_part:
+                agent.load_state(load_agent(folder, agent.name, manifest), writer)
         self.step = manifest.step
 
     def _drive(self, actions: Mapping[int, Exchange[Result | None]], batch: int) -> list[Result]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from hdnn_dist.architecture import Architecture
+from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.spec import Spec
@@ -101,9 +102,15 @@ def matrix(
     return rows
 
 
-def jobs(max_agents: int = 6, dtype: str = "float64") -> st.SearchStrategy[Job]:
-    """Jobs of `specs`."""
-    return specs(max_agents, dtype).map(Job.of)
+@st.composite
+def jobs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Job:
+    """Jobs of `specs`, some without an agent or two that they can do without."""
+    job = Job.of(draw(specs(max_agents, dtype)))
+    absent = draw(st.just(set()) | st.sets(st.sampled_from(job.names), max_size=2))
+    try:
+        return job.without(absent)
+    except UserError:  # they are needed
+        return job
 
 
 def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,10 @@ def host(actors: list[Any], job: Job) -> Packing:
     M, size = len(job.topology.agents), len(actors)
     packing = tuple(tuple(range(rank, M, size)) for rank in range(size))
     digests = ray.get(
-        [actor.host.remote(job.spec, packing[rank], packing) for rank, actor in enumerate(actors)]
+        [
+            actor.host.remote(job.spec, packing[rank], packing, job.absent)
+            for rank, actor in enumerate(actors)
+        ]
     )
     assert set(digests) == {job.digest}
     return packing
