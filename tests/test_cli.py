@@ -140,6 +140,23 @@ def test_a_run_cut_before_its_first_checkpoint_starts_again(
     assert files(run) == files(trained)
 
 
+def test_agents_leave_a_run_and_join_it_again(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*arguments: object) -> str:
+        assert hdnn(*arguments) == 0
+        return capsys.readouterr().out
+
+    options = ("--resume", trained, "--local", "--no-tensorboard", "--set")
+    later = f"from the next checkpoint of {trained} on:"
+    assert shown("drop", trained, "a") == f"absent {later} a\n"
+    assert "step 9)" in shown("eval", trained, "--local")  # as its last checkpoint has it
+    assert "goes on without a from step 9\n" in shown("train", *options, "training.epochs=4")
+    assert shown("join", trained, "a") == f"absent {later} nobody\n"
+    again = shown("train", *options, "training.epochs=5")
+    assert "goes on with a, at initial weights, from step 12\n" in again
+
+
 def test_a_run_can_be_prolonged(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     longer = "training.epochs=4"
     assert hdnn("train", "--resume", trained, "--local", "--set", longer) == 0
@@ -226,6 +243,10 @@ def test_check_and_train_refuse_the_same(
         ("predict {run} --local --input nowhere.npy", "nowhere.npy cannot be read"),
         ("predict {run} --local --out nowhere/out.csv", "there is no folder nowhere"),
         ("check nowhere.yaml", "cannot read nowhere.yaml"),
+        ("drop {run} d", "there is no agent 'd'"),
+        ("drop {run} b", "'b' is the root of the readout, which alone holds the labels"),
+        ("join {run} a", "agent 'a' takes part already"),
+        ("drop nowhere a", "nowhere is no run directory"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -21,13 +21,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
+from hdnn_dist.agent import Evaluation
+from hdnn_dist.api import fit
 from hdnn_dist.cluster import AgentActor, RayRunner, actor_class
 from hdnn_dist.data import load_features
-from hdnn_dist.errors import AgreementError, PlacementError, RunError
+from hdnn_dist.errors import AgreementError, LostError, PlacementError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Packing, hosts
+from hdnn_dist.run import create, regroup
 from hdnn_dist.testing import assert_close, assert_follows_plan, assert_matches_dense
-from hdnn_dist.trainer import LocalRunner
+from hdnn_dist.trainer import Listener, LocalRunner
 from tests.strategies import jobs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
@@ -187,6 +190,36 @@ def test_a_stopped_actor_is_named_and_not_those_who_wait_for_it(path: RayRunner)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert 5 < time.monotonic() - started < 40, "not within the timeout of the data plane"
+
+
+def test_a_run_goes_on_without_an_actor_that_died_and_with_it_again(tmp_path: Path) -> None:
+    changes = ["topology.agents=4", "topology.edges.args.n=4", "cluster.on_agent_loss=drop"]
+    changes += ["data.train_samples=64", "training.batch_size=16", "training.epochs=9"]
+    job, run, course = Job.load(None, [*TINY, *changes]), tmp_path / "run", list[tuple[Any, ...]]()
+    leaver = next(i for i in range(4) if i != job.root)
+
+    class Course(Listener):
+        def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+            course.append((step, len(runner.job.topology.agents)))
+            if step == 8 and not runner.job.absent:
+                ray.kill(runner._actors[leaver])
+            if step == 20 and runner.job.absent:
+                regroup(run, join=[job.topology.names[leaver]])
+
+        def lost(self, cause: LostError, restart: int) -> None:
+            assert cause.agents == (job.topology.names[leaver],)
+
+    runner = RayRunner(job)
+    try:
+        summary = fit(runner, create(job, run), [Course()], tensorboard=False)
+    finally:
+        runner.close()
+    # The actor dies before it can write its part of the checkpoint of step 8.
+    assert course == [
+        (4, 4), (8, 4), (4, 3), (8, 3), (12, 3), (16, 3), (20, 3), (20, 4), (24, 4), (28, 4),
+        (32, 4), (36, 4),
+    ]  # fmt: skip
+    assert (summary.restarts, summary.absent) == (1, ())
 
 
 def test_actors_that_see_another_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from hdnn_dist.checkpoint import (
     write_json,
 )
 from hdnn_dist.data import Part, epoch_order
-from hdnn_dist.errors import CheckpointError, LostError, RunError
+from hdnn_dist.errors import CheckpointError, LostError, RunError, UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.reader import spec_from_dict
@@ -446,3 +446,159 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_checkpoints(tmp_path: Pa
     with pytest.raises(RunError, match=r"step \d+: the .* of agent 'a\d' is not finite; the check"):
         hdnn_dist.fit(runner, run)
     assert {f: f.read_bytes() for f in run.glob("checkpoints/**/*") if f.is_file()} == good
+
+
+def path(policy: str = "drop", **training: object) -> Job:
+    """a - b - c, where b is the root."""
+    topology = {"agents": ["a", "b", "c"], "d": 2, "edges": [["a", "b"], ["b", "c"]]}
+    return tiny(
+        topology=topology,
+        model={"layers": 2},
+        training={"batch_size": 16, "epochs": 4, **training},
+        cluster={"on_agent_loss": policy},
+    )
+
+
+class Loses(Frail):
+    """Loses some agents for good."""
+
+    def __init__(self, job: Job, before: int, agents: Sequence[str]) -> None:
+        super().__init__(job, before)
+        self.agents = agents
+
+    def train(self, steps: int) -> list[StepResult]:
+        try:
+            return super().train(steps)
+        except LostError as error:
+            raise LostError(str(error), self.agents) from None
+
+
+class Groups(Listener):
+    def __init__(self) -> None:
+        self.events: list[tuple[object, ...]] = []
+
+    def regrouped(self, step: int, left: Sequence[str], joined: Sequence[str]) -> None:
+        self.events.append((step, list(left), list(joined)))
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+        self.events.append((step,))
+
+
+def test_a_run_goes_on_without_an_agent_that_it_has_lost(tmp_path: Path) -> None:
+    job, run, groups = path(), tmp_path / "run", Groups()
+    create(job, run)
+    summary = hdnn_dist.fit(Loses(job, 6, ["c"]), run, [groups])
+    assert groups.events == [(4,), (4, ["c"], []), (4,), (8,), (12,), (16,)]
+    assert (summary.absent, summary.restarts, summary.steps) == (("c",), 1, 16)
+    assert list(latest_checkpoint(run)[1].files) == ["a", "b"]
+    kinds = [(r["kind"], r["step"]) for r in read_metrics(run) if r["kind"] != "gradients"]
+    assert kinds.count(("agents", 4)) == 1
+    assert kinds.count(("eval", 4)) == 2  # before it was lost, and just after
+    # All that reads the run sees the agents that took part.
+    assert reopen(run).topology.names == ("a", "b")
+    assert hdnn_dist.load(run).architecture.names == ("a", "b")
+    with hdnn_dist.open_run(run, local=True) as (runner, _):
+        assert runner.evaluate().loss == summary.test_loss
+    assert finished(reopen(run), run) == summary
+
+
+def test_those_that_stay_keep_their_state_when_another_leaves(tmp_path: Path) -> None:
+    job, run = path(), create(path(), tmp_path / "run")
+    before = LocalRunner(job)
+    before.train(4)
+    write_checkpoint(run, 4, state_digest(job), Totals(), before.save)
+    after = LocalRunner(job.without(["c"]))
+    assert restore(after, run) == 4
+    wide, narrow = before.worker.agents[1].state(), after.worker.agents[1].state()
+    reads_a_and_b = slice(0, 4)  # of b's row of K: a, b, c
+    for key, value in narrow.items():
+        whole = wide[key]
+        kept = whole if value.shape == whole.shape else whole[..., reads_a_and_b]
+        assert torch.equal(value, kept), key
+    assert narrow["optimizer/Kp/exp_avg"].any()
+    a, same = before.worker.agents[0].state(), after.worker.agents[0].state()
+    assert all(torch.equal(same[key], value) for key, value in a.items())
+
+
+def test_an_agent_joins_at_a_checkpoint_with_fresh_weights(tmp_path: Path) -> None:
+    class Invites(Groups):
+        def started(self, runner: Runner, step: int) -> None:
+            if "c" in runner.job.topology.names:
+                assert isinstance(runner, LocalRunner)
+                states = [agent.state() for agent in runner.worker.agents.values()]
+                self.states = [{k: v.clone() for k, v in state.items()} for state in states]
+
+        def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+            super().evaluated(step, epoch, evaluation)
+            if reopen(run).absent and step == 8:
+                hdnn_dist.regroup(run, join=["c"])
+
+    job, run, invites = path(), create(path(), tmp_path / "run"), Invites()
+    assert hdnn_dist.regroup(run, leave=["c"]) == ("c",)
+    summary = hdnn_dist.fit(LocalRunner(job), run, [invites])
+    assert invites.events == [(0, ["c"], []), (0,), (4,), (8,), (8, [], ["c"]), (8,), (12,), (16,)]
+    assert summary.absent == ()
+    fresh = [agent.state() for agent in LocalRunner(job).worker.agents.values()]
+    _, b, c = invites.states
+    assert c.keys() == fresh[2].keys()  # no optimiser state yet
+    assert all(torch.equal(value, c[key]) for key, value in fresh[2].items())
+    of_c = slice(4, 6)
+    for K in ("Kp", "Kq"):
+        assert torch.equal(b[f"weights/{K}"][..., of_c], fresh[1][f"weights/{K}"][..., of_c])
+        assert not torch.equal(b[f"weights/{K}"][..., :4], fresh[1][f"weights/{K}"][..., :4])
+        assert not b[f"optimizer/{K}/exp_avg"][..., of_c].any()
+
+
+@pytest.mark.parametrize(
+    ("agent", "why"),
+    [
+        ("b", "'b' is the root of the readout, which alone holds the labels"),
+        ("a", "without a, c: the readout at b has no path"),
+    ],
+)
+def test_a_run_that_cannot_go_on_without_an_agent_says_why(
+    agent: str, why: str, tmp_path: Path
+) -> None:
+    edges = [["c", "b"], ["b", "a"], ["a", "d"]]
+    job = tiny(
+        topology={"agents": list("abcd"), "d": 2, "edges": edges},
+        model={"layers": 1, "readout": {"root": "b"}},
+        training={"batch_size": 16},
+        cluster={"on_agent_loss": "drop"},
+    )
+    run = create(job, tmp_path / "run")
+    hdnn_dist.regroup(run, leave=["c"])
+    with pytest.raises(LostError, match=f"cannot go on without: {why}"):
+        hdnn_dist.fit(Loses(job, 6, [agent]), run)
+    assert reopen(run).absent == ("c",)
+    restore(LocalRunner(reopen(run)), run)  # its checkpoint is as it was
+
+
+def test_a_run_that_is_to_stop_at_a_loss_stops(tmp_path: Path) -> None:
+    job = path("stop")
+    with pytest.raises(LostError, match=r"an actor died$"):
+        hdnn_dist.fit(Loses(job, 6, ["c"]), create(job, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"leave": ["d"]}, "there is no agent 'd'"),
+        ({"join": ["a"]}, "agent 'a' takes part already"),
+        ({"leave": ["c", "b"]}, "'b' is the root"),
+        ({"leave": ["a", "a"], "join": ["b"]}, "'b' takes part already"),
+    ],
+)
+def test_agents_that_cannot_leave_or_join_are_refused(
+    changes: dict[str, list[str]], error: str, tmp_path: Path
+) -> None:
+    run = create(path(), tmp_path / "run")
+    with pytest.raises(UserError, match=error):
+        hdnn_dist.regroup(run, **changes)
+    assert reopen(run).absent == ()
+
+
+def test_a_damaged_list_of_absent_agents_is_named(run: Path) -> None:
+    (run / "absent.json").write_text('{"a": 1}')
+    with pytest.raises(CheckpointError, match=r"absent\.json: damaged, or no list of names"):
+        reopen(run)
