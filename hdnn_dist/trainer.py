@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
 
@@ -32,8 +31,9 @@ from hdnn_dist.checkpoint import (
     write_json,
 )
 from hdnn_dist.data import Part
-from hdnn_dist.errors import CheckpointError, LostError, RunError
+from hdnn_dist.errors import CheckpointError, LostError, RunError, StorageError
 from hdnn_dist.job import Job
+from hdnn_dist.storage import Place, read
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
 
@@ -77,11 +77,11 @@ class Runner(Protocol):
         """What the agents add up to for the first test samples (see `hdnn_dist.analysis`)."""
         ...
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: Place) -> dict[str, str]:
         """Write each agent's state into a folder; SHA-256 by agent."""
         ...
 
-    def load(self, folder: Path, manifest: Manifest) -> None:
+    def load(self, folder: Place, manifest: Manifest) -> None:
         """Put back what `save` wrote."""
         ...
 
@@ -135,10 +135,10 @@ class LocalRunner:
     def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
         return self.worker.sensitivities(samples, V)
 
-    def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
+    def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
         return self.worker.save(folder)
 
-    def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
+    def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
         self.worker.load(folder, manifest)
 
     def reform(self) -> None:  # noqa: D102
@@ -251,7 +251,7 @@ class Trainer:
     def __init__(
         self,
         runner: Runner,
-        run: Path,
+        run: Place,
         listeners: Sequence[Listener] = (),
         stop: Event | None = None,
     ) -> None:
@@ -269,6 +269,7 @@ class Trainer:
             KeyboardInterrupt: `stop` was set; a checkpoint of this very step is there.
             LostError: actors were lost once more than `cluster.max_restarts`.
             RunError: a loss, state or gradient is not finite; the last checkpoint is good.
+            StorageError: something cannot be written, or the last checkpoint not be reached.
         """
         budget, restarts = self.runner.job.spec.cluster.max_restarts, 0
         while True:
@@ -283,6 +284,15 @@ class Trainer:
                     raise LostError(str(error) + spent * (budget > 0)) from None
                 restarts += 1
                 self._tell("lost", error, restarts)
+            except StorageError as error:
+                raise StorageError(f"{error.problem}; {self._what_is_left()}", error.mend) from None
+
+    def _what_is_left(self) -> str:
+        try:
+            whole = checkpoints(self.run)
+        except StorageError:  # told already
+            return "its checkpoints are as they were"
+        return f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
 
     def _fit(self, step: int, restarts: int) -> Summary:
         """Train from `step` to the end."""
@@ -313,6 +323,7 @@ class Trainer:
                 totals(),
                 runner.save,
                 accuracy=None if evaluation is None else evaluation.accuracy,
+                spec=job.spec.model_dump(mode="json"),
                 keep_last=training.keep_last,
                 keep_best=training.keep_best,
             )
@@ -423,7 +434,7 @@ def state_digest(job: Job) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def restore(runner: Runner, run: Path) -> int:
+def restore(runner: Runner, run: Place) -> int:
     """Load a run's latest checkpoint into its agents.
 
     Args:
@@ -437,7 +448,7 @@ def restore(runner: Runner, run: Path) -> int:
         CheckpointError: there is no whole checkpoint, or it is of another job, or past its end.
     """
 
-    def use(folder: Path, manifest: Manifest) -> int:
+    def use(folder: Place, manifest: Manifest) -> int:
         check_belongs(runner.job, run, folder, manifest)
         runner.load(folder, manifest)
         return manifest.step
@@ -445,7 +456,7 @@ def restore(runner: Runner, run: Path) -> int:
     return from_latest(run, use)
 
 
-def check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None:
+def check_belongs(job: Job, run: Place, folder: Place, manifest: Manifest) -> None:
     """A checkpoint is of this very job, and not past its end.
 
     Raises:
@@ -465,10 +476,10 @@ def check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None
         )
 
 
-def read_summary(run: Path, steps: int) -> Summary | None:
+def read_summary(run: Place, steps: int) -> Summary | None:
     """The summary of a run that ended after so many steps; None if there is none."""
     try:
-        content = json.loads((run / "summary.json").read_bytes())
+        content = json.loads(read(run / "summary.json"))
         values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
         found = Summary(**values)
     except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
