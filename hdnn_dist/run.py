@@ -168,24 +168,27 @@ def incompatible(before: Spec, after: Spec) -> list[str]:
         `"key: old -> new"` of each such key.
     """
     old, new = _by_name(before), _by_name(after)
-    return [
+    changes = [
         f"{key}: {_show(a)} -> {_show(b)}"
         for key, a, b in _differences(old, new)
         if not MAY_CHANGE.fullmatch(key)
     ]
+    orders = [list(content["topology"]["agents"]) for content in (old, new)]
+    if orders[0] != orders[1] and set(orders[0]) == set(orders[1]):
+        changes.append(f"order of topology.agents: {_show(orders[0])} -> {_show(orders[1])}")
+    return changes
 
 
 def _by_name(spec: Spec) -> dict[str, Any]:
     """A resolved spec as plain data, its agents and edges by name."""
     content = spec.model_dump(mode="json")
     topology = content["topology"]
-    agents = {agent.pop("name"): agent for agent in topology["agents"]}
-    topology["agents"] = agents
+    topology["agents"] = {agent.pop("name"): agent for agent in topology["agents"]}
     topology["edges"] = {
         " - ".join(edge if topology["directed"] else sorted(edge)): "an edge"
         for edge in topology["edges"]
     }
-    return content | {"order of the agents": list(agents)}
+    return content
 
 
 def steps_taken(job: Job, run: Place) -> int:
