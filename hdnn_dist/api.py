@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -25,6 +25,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.metrics import JsonLines, TensorBoard
 from hdnn_dist.model import HDNN
 from hdnn_dist.run import (
+    check_is_shared,
     create,
     has_checkpoint,
     reopen,
@@ -32,6 +33,7 @@ from hdnn_dist.run import (
     vacant,
     write_spec,
 )
+from hdnn_dist.storage import Place, Where, place
 from hdnn_dist.trainer import (
     Listener,
     LocalRunner,
@@ -40,6 +42,8 @@ from hdnn_dist.trainer import (
     Trainer,
     restore,
 )
+
+log = logging.getLogger("hdnn_dist")
 
 
 def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runner:
@@ -70,7 +74,7 @@ def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runn
 
 def fit(
     runner: Runner,
-    run: Path,
+    run: Where,
     listeners: Sequence[Listener] = (),
     *,
     tensorboard: bool = True,
@@ -80,15 +84,22 @@ def fit(
 
     Args:
         runner: from `launch`.
-        run: the run directory (see `hdnn_dist.checkpoint`).
+        run: the run directory, a path or a URL (see `hdnn_dist.checkpoint`).
         listeners: are told of the run's course, beside those that write its metrics.
-        tensorboard: whether to write TensorBoard events.
+        tensorboard: whether to write TensorBoard events, into a local run directory.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
     """
+    run = place(run)
+    if not isinstance(runner, LocalRunner):
+        check_is_shared(run)
     if has_checkpoint(run):
         steps_taken(runner.job, run)  # one that cannot go on is refused before its spec is touched
     write_spec(runner.job, run)
-    writers = [JsonLines(run), *([TensorBoard(run)] if tensorboard else [])]
+    writers: list[Listener] = [JsonLines(run)]
+    if tensorboard and isinstance(run, Path):
+        writers.append(TensorBoard(run))
+    elif tensorboard:
+        log.warning("TensorBoard events go to local run directories alone: %s has none", run)
     with ExitStack() as stack:
         for listener in (*listeners, *writers):
             stack.callback(listener.close)
@@ -96,10 +107,10 @@ def fit(
 
 
 def train(
-    spec: Job | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    spec: Job | Mapping[str, Any] | Where | None = None,
     *,
     overrides: Sequence[str] = (),
-    run: str | os.PathLike[str] | None = None,
+    run: Where | None = None,
     local: bool = False,
     address: str | None = None,
     listeners: Sequence[Listener] = (),
@@ -124,14 +135,16 @@ def train(
             "overrides change a spec, but a Job is given", "give them to Job.load instead"
         )
     job = spec if isinstance(spec, Job) else Job.load(spec, overrides)
-    folder = vacant(job, None if run is None else Path(run))  # before a cluster is started for it
+    folder = vacant(job, run)  # before a cluster is started for it
+    if not local:
+        check_is_shared(folder)
     with closing(launch(job, local=local, address=address)) as runner:
         return fit(runner, create(job, folder), listeners)
 
 
 @contextmanager
 def open_run(
-    run: str | os.PathLike[str],
+    run: Where,
     *,
     overrides: Sequence[str] = (),
     local: bool = False,
@@ -148,14 +161,17 @@ def open_run(
     Raises:
         CheckpointError: the run or its checkpoint cannot be used.
     """
-    job = reopen(Path(run), overrides)
-    _, manifest = latest_checkpoint(Path(run))  # refused, if none, before a cluster is started
+    run = place(run)
+    if not local:
+        check_is_shared(run)
+    job = reopen(run, overrides)
+    _, manifest = latest_checkpoint(run)  # refused, if none, before a cluster is started
     job = job.without(set(job.names) - manifest.files.keys())
     with closing(launch(job, local=local, address=address)) as runner:
-        yield runner, restore(runner, Path(run))
+        yield runner, restore(runner, run)
 
 
-def load(run: str | os.PathLike[str]) -> HDNN:
+def load(run: Where) -> HDNN:
     """The dense model with the weights of a run's latest checkpoint, in this process.
 
     This gathers all agents' weights in one place, which training never does.
@@ -163,9 +179,10 @@ def load(run: str | os.PathLike[str]) -> HDNN:
     Raises:
         CheckpointError: the run or its checkpoint cannot be used.
     """
-    whole = reopen(Path(run))
+    run = place(run)
+    whole = reopen(run)
 
-    def model(folder: Path, manifest: Manifest) -> HDNN:
+    def model(folder: Place, manifest: Manifest) -> HDNN:
         job = whole.without(set(whole.names) - manifest.files.keys())
         parts = {
             i: {
@@ -179,4 +196,4 @@ def load(run: str | os.PathLike[str]) -> HDNN:
         model.load_state_dict(job.architecture.assemble(parts))
         return model
 
-    return from_latest(Path(run), model)
+    return from_latest(run, model)

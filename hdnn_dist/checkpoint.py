@@ -13,8 +13,10 @@
           manifest.json         step, digest of the job, SHA-256 of each file, cost so far
           <agent>.safetensors   one agent's weights and optimiser state
 
-A checkpoint is written into a hidden folder and renamed when it is whole, so a crash at any moment
-leaves the ones before it as they were. No pickle is written or read.
+RUN is a local path or a URL (see `hdnn_dist.storage`). A checkpoint's manifest is written last, and
+removed first: a folder without one is no checkpoint, and the next to be written removes it. So a
+crash at any moment leaves the ones before as they were, wherever they are. No pickle is written or
+read.
 """
 
 from __future__ import annotations
@@ -23,12 +25,9 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -37,8 +36,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hdnn_dist.errors import CheckpointError, DamagedError
+from hdnn_dist.storage import Place, kind, move, names, read, remove, write
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 _NAMES = TypeAdapter(list[str])
 log = logging.getLogger("hdnn_dist")
 
@@ -68,6 +69,7 @@ class Manifest(BaseModel):
         format: version of the layout.
         step: optimiser steps taken.
         state: `hdnn_dist.trainer.state_digest` of the job that wrote it.
+        spec: of that job, resolved, to say what has changed since; None if it was not given.
         files: SHA-256 by agent.
         totals: of the run so far.
         accuracy: on the test set after these steps; None if it was not looked at.
@@ -81,26 +83,27 @@ class Manifest(BaseModel):
     files: dict[str, str]
     totals: Totals
     accuracy: float | None = None
+    spec: dict[str, Any] | None = None
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Place, step: int) -> Place:
     """Where a run has its checkpoint after so many steps."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def agent_file(folder: Path, name: str) -> Path:
+def agent_file(folder: Place, name: str) -> Place:
     """The file of one agent in a checkpoint."""
     return folder / f"{name}.safetensors"
 
 
-def save_agent(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
+def save_agent(folder: Place, name: str, tensors: Mapping[str, Tensor]) -> str:
     """Write one agent's tensors and return the SHA-256 of the file."""
     content = save({key: value.contiguous() for key, value in tensors.items()})
-    _write(agent_file(folder, name), content)
+    write(agent_file(folder, name), content)
     return hashlib.sha256(content).hexdigest()
 
 
-def load_agent(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
+def load_agent(folder: Place, name: str, manifest: Manifest) -> dict[str, Tensor]:
     """Read one agent's tensors.
 
     Raises:
@@ -116,13 +119,14 @@ def load_agent(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]
         ) from None
 
 
-def _read_agent(folder: Path, name: str, manifest: Manifest) -> bytes:
+def _read_agent(folder: Place, name: str, manifest: Manifest) -> bytes:
     file = agent_file(folder, name)
     try:
-        content = file.read_bytes()
+        content = read(file)
     except OSError as error:
         raise DamagedError(
-            f"{file}: cannot be read ({error.strerror})", "restore it or use an older checkpoint"
+            f"{file}: cannot be read ({error.strerror or 'it is not there'})",
+            "restore it or use an older checkpoint",
         ) from None
     if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
         raise DamagedError(
@@ -133,17 +137,20 @@ def _read_agent(folder: Path, name: str, manifest: Manifest) -> bytes:
 
 
 def write_checkpoint(
-    run: Path,
+    run: Place,
     step: int,
     state: str,
     totals: Totals,
-    save_agents: Callable[[Path], dict[str, str]],
+    save_agents: Callable[[Place], dict[str, str]],
     *,
     accuracy: float | None = None,
+    spec: dict[str, Any] | None = None,
     keep_last: int = 3,
     keep_best: bool = False,
-) -> Path:
+) -> Place:
     """Write a checkpoint, whole or not at all, and drop those that need not be kept.
+
+    One of the same step is dropped first.
 
     Args:
         run: the run directory.
@@ -152,30 +159,45 @@ def write_checkpoint(
         totals: of the run so far.
         save_agents: writes every agent's file into a folder and returns the checksums by agent.
         accuracy: on the test set after these steps, if it was looked at.
+        spec: of the job, resolved.
         keep_last: how many of the newest are kept.
         keep_best: whether the one with the best accuracy is kept beside them.
+
+    Raises:
+        StorageError: something cannot be written or removed; the checkpoints before are whole.
     """
-    final = checkpoint_folder(run, step)
-    partial, replaced = (final.with_name(f".{what}-{step:08d}") for what in ("partial", "replaced"))
-    for left_over in (*final.parent.glob(".partial-*"), *final.parent.glob(".replaced-*")):
-        shutil.rmtree(left_over)
-    partial.mkdir(parents=True)
+    folder = checkpoint_folder(run, step)
+    for unfinished in _folders(run):
+        if unfinished == folder or not _is_whole(unfinished):
+            _drop(unfinished)
     manifest = Manifest(
-        step=step, state=state, files=save_agents(partial), totals=totals, accuracy=accuracy
+        step=step,
+        state=state,
+        files=save_agents(folder),
+        totals=totals,
+        accuracy=accuracy,
+        spec=spec,
     )
-    _write(partial / "manifest.json", manifest.model_dump_json(indent=2).encode())
-    if final.exists():  # a run that comes past the same step again
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    write(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
     best = best_checkpoint(run) if keep_best else None
     for old in checkpoints(run)[:-keep_last]:
         if old != best:
-            shutil.rmtree(old)
-    return final
+            _drop(old)
+    return folder
 
 
-def set_aside(run: Path, step: int) -> None:
+def _drop(folder: Place) -> None:
+    """Remove a checkpoint, which is none from the first moment on."""
+    if _is_whole(folder):
+        remove(folder / MANIFEST)
+    remove(folder)
+
+
+def _is_whole(folder: Place) -> bool:
+    return kind(folder / MANIFEST) is not None
+
+
+def set_aside(run: Place, step: int) -> None:
     """Rename the checkpoints of later steps than the one that a run goes on from.
 
     They are damaged, or were when it was chosen, and of a past that is being written anew.
@@ -184,10 +206,10 @@ def set_aside(run: Path, step: int) -> None:
         if folder > checkpoint_folder(run, step):
             name = f"set-aside-{folder.name}"
             free = (folder.with_name(f"{name}-{k}" if k else name) for k in count())
-            folder.rename(next(place for place in free if not place.exists()))
+            move(folder, next(place for place in free if kind(place) is None))
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
+def verify(folder: Place, manifest: Manifest) -> None:
     """Compare every agent's file with its checksum.
 
     Raises:
@@ -197,7 +219,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         _read_agent(folder, name, manifest)
 
 
-def best_checkpoint(run: Path) -> Path | None:
+def best_checkpoint(run: Place) -> Place | None:
     """The newest of those checkpoints that had the best accuracy; None if none was looked at."""
     accuracies = {}
     for folder in checkpoints(run):
@@ -212,7 +234,7 @@ def best_checkpoint(run: Path) -> Path | None:
 Result = TypeVar("Result")
 
 
-def from_latest(run: Path, use: Callable[[Path, Manifest], Result]) -> Result:
+def from_latest(run: Place, use: Callable[[Place, Manifest], Result]) -> Result:
     """What `use` makes of a run's newest checkpoint, or where that is damaged, of one before it.
 
     A damaged one is left as it is, and named in a warning of the logger `hdnn_dist`.
@@ -225,7 +247,10 @@ def from_latest(run: Path, use: Callable[[Path, Manifest], Result]) -> Result:
         CheckpointError: there is none, none that is whole, or `use` refuses it.
     """
     damage: list[DamagedError] = []
-    for folder in reversed(checkpoints(run)):
+    for folder in reversed(_folders(run)):
+        if not _is_whole(folder):
+            log.warning("%s: no %s: it was not finished; passed over", folder, MANIFEST)
+            continue
         try:
             return use(folder, read_manifest(folder))
         except DamagedError as error:
@@ -238,7 +263,7 @@ def from_latest(run: Path, use: Callable[[Path, Manifest], Result]) -> Result:
     )
 
 
-def latest_checkpoint(run: Path) -> tuple[Path, Manifest]:
+def latest_checkpoint(run: Place) -> tuple[Place, Manifest]:
     """The newest checkpoint of a run whose manifest is whole.
 
     Raises:
@@ -247,16 +272,16 @@ def latest_checkpoint(run: Path) -> tuple[Path, Manifest]:
     return from_latest(run, lambda folder, manifest: (folder, manifest))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """What a checkpoint says of itself.
 
     Raises:
         DamagedError: it says nothing that can be read.
         CheckpointError: it is of another version.
     """
-    file = folder / "manifest.json"
+    file = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        manifest = Manifest.model_validate_json(read(file))
     except (OSError, ValidationError):
         raise DamagedError(
             f"{file}: missing or damaged", "remove this checkpoint's folder to use the one before"
@@ -269,7 +294,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_absent(run: Path) -> tuple[str, ...]:
+def read_absent(run: Place) -> tuple[str, ...]:
     """The agents of the spec that are not to take part in a run from its next checkpoint on.
 
     Raises:
@@ -277,7 +302,7 @@ def read_absent(run: Path) -> tuple[str, ...]:
     """
     file = run / "absent.json"
     try:
-        return tuple(_NAMES.validate_json(file.read_bytes()))
+        return tuple(_NAMES.validate_json(read(file)))
     except FileNotFoundError:
         return ()
     except (OSError, ValidationError):
@@ -286,7 +311,7 @@ def read_absent(run: Path) -> tuple[str, ...]:
         ) from None
 
 
-def write_absent(run: Path, agents: Sequence[str]) -> None:
+def write_absent(run: Place, agents: Sequence[str]) -> None:
     """Say which agents of the spec are not to take part in a run."""
     write_json(run / "absent.json", list(agents))
 
@@ -304,31 +329,24 @@ def _plain(content: Any) -> Any:
     return [_plain(item) for item in content] if isinstance(content, list | tuple) else content
 
 
-def write_json(path: Path, content: object) -> None:
+def write_json(path: Place, content: object) -> None:
     """Write JSON (see `to_json`), whole or not at all."""
-    _write_over(path, to_json(content, indent=2).encode())
+    write_text(path, to_json(content, indent=2))
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Place, content: str) -> None:
     """Write text, whole or not at all."""
-    _write_over(path, content.encode())
+    write(path, content.encode())
 
 
-def _write_over(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    _write(partial, content)
-    os.replace(partial, path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints(run: Place) -> list[Place]:
     """The folders of a run's checkpoints, oldest first."""
-    found = (run / "checkpoints").glob("step-*")
-    ours = [path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(ours, key=lambda path: int(path.name.removeprefix("step-")))
+    return [folder for folder in _folders(run) if _is_whole(folder)]
+
+
+def _folders(run: Place) -> list[Place]:
+    """The folders of a run's checkpoints, finished or not, oldest first."""
+    there = run / "checkpoints"
+    ours = [name for name in names(there) if re.fullmatch(r"step-\d+", name)]
+    ours.sort(key=lambda name: int(name.removeprefix("step-")))
+    return [there / name for name in ours if kind(there / name) == "directory"]

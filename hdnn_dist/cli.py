@@ -63,7 +63,9 @@ class Part(StrEnum):
 SpecArgument = Annotated[
     Path | None, typer.Argument(metavar="SPEC", help="YAML file; default: the embedded job.")
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a training run.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Directory of a training run: a path or a URL.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. training.epochs=3. Repeats."),
@@ -171,10 +173,10 @@ def train(
     overrides: Set = None,
     data_dir: DataDir = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory of the new run.")
+        str | None, typer.Option(metavar="DIR", help="Directory of the new run: a path or a URL.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Continue this run instead.")
+        str | None, typer.Option(metavar="RUN", help="Continue this run instead.")
     ] = None,
     address: Address = None,
     local: Local = False,
@@ -194,13 +196,16 @@ def train(
 
     from hdnn_dist.api import fit, launch
     from hdnn_dist.console import view
-    from hdnn_dist.run import create, finished, reopen, vacant
+    from hdnn_dist.run import check_is_shared, create, finished, reopen, vacant
+    from hdnn_dist.storage import place
 
-    if resume is None:
-        run = vacant(job, run)  # before a cluster is started for it
-    else:
-        job = reopen(resume, changes)
-        if (summary := finished(job, resume)) is not None:
+    # Before a cluster is started for it.
+    folder = vacant(job, run) if resume is None else place(resume)
+    if not local:
+        check_is_shared(folder)
+    if resume is not None:
+        job = reopen(folder, changes)
+        if (summary := finished(job, folder)) is not None:
             print("nothing to train: all epochs are done (training.epochs sets how many)")
             _print_summary(summary)
             return
@@ -211,7 +216,8 @@ def train(
         import torch.utils.tensorboard  # noqa: F401
     _tidy_up_from_here()
     with closing(launch(job, local=local, address=address)) as runner:
-        folder = create(job, run) if resume is None else resume
+        if resume is None:
+            create(job, folder)
         options = (" --local" if local else "") + (f" --address {address}" if address else "")
         hint = f"continue with: hdnn-dist train --resume {folder}{options}"
         try:
@@ -353,7 +359,7 @@ def join(run: RunArgument, agents: AgentsArgument) -> None:
     _regroup(run, join=agents)
 
 
-def _regroup(run: Path, **changes: Sequence[str]) -> None:
+def _regroup(run: str, **changes: Sequence[str]) -> None:
     from hdnn_dist.run import regroup
 
     absent = regroup(run, **changes)
@@ -373,7 +379,7 @@ def analyze(
     run: RunArgument,
     samples: Annotated[int, typer.Option(min=1, help="Of the test set, from its first.")] = 8,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write here; default: RUN/analysis.")
+        str | None, typer.Option(metavar="DIR", help="Write here; default: RUN/analysis.")
     ] = None,
     baselines: Annotated[
         Beside,

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +49,7 @@ from hdnn_dist.errors import (
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Demand, Node, Packing, address_of, demands, hosts, pack
 from hdnn_dist.spec import Spec
+from hdnn_dist.storage import Place
 from hdnn_dist.transport import InProcess, PointToPoint
 from hdnn_dist.worker import PARTS, Worker
 
@@ -149,10 +149,10 @@ class AgentActor:
     def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
         return self.worker.sensitivities(samples, V)
 
-    def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
+    def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
         return self.worker.save(folder)
 
-    def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
+    def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
         self.worker.load(folder, manifest)
 
     def sent(self) -> Counter[tuple[int, int]]:
@@ -324,12 +324,12 @@ class RayRunner:
         sums: Sums = reduce(operator.add, self._all("sensitivities", samples, V))
         return sums
 
-    def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
+    def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
         return {
             name: sha for part in self._all("save", folder.absolute()) for name, sha in part.items()
         }
 
-    def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
+    def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
         self._all("load", folder.absolute(), manifest)
 
     def close(self) -> None:  # noqa: D102

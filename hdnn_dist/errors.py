@@ -8,6 +8,7 @@
     │   ├── DataError               data files that are missing, damaged or do not fit the agents
     │   ├── CheckpointError         a run directory or checkpoint that cannot be used
     │   │   └── DamagedError        files of a checkpoint that are missing or not as written
+    │   ├── StorageError            a path or URL that cannot be reached, read or written
     │   └── PlacementError          the cluster cannot hold the job
     └── RunError (RuntimeError)     the job failed while running; the command line exits with 1
         ├── AgreementError          the actors do not hold the same topology and plan
@@ -78,6 +79,10 @@ class CheckpointError(UserError):
 
 class DamagedError(CheckpointError):
     """Files of a checkpoint are missing or not as they were written; one before it may be good."""
+
+
+class StorageError(UserError):
+    """A path or URL cannot be reached, read or written: a disk is full, a network down."""
 
 
 class PlacementError(UserError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from hdnn_dist.hamiltonian import Activation, activation_of
 from hdnn_dist.reader import Source, read_spec, spec_from_dict
 from hdnn_dist.sparsity import given_X, interconnection, patterns_of
 from hdnn_dist.spec import IndexSplit, Spec
+from hdnn_dist.storage import Where, place
 from hdnn_dist.topology import Topology, Tree, resolve
 
 
@@ -51,7 +51,7 @@ class Job:
     @classmethod
     def load(
         cls,
-        spec: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        spec: Where | Mapping[str, Any] | None = None,
         overrides: Sequence[str] = (),
     ) -> Job:
         """Read a spec and fit its parts together.
@@ -72,9 +72,10 @@ class Job:
             )
         if isinstance(spec, Mapping):
             return cls.of(spec_from_dict({**spec, **_written_out(spec.get("topology"))}))
-        file = None if spec is None else Path(spec)
+        file = None if spec is None else place(spec)
         written, source = read_spec(file, overrides)
-        return cls.of(written, base=None if file is None else file.parent, source=source)
+        base = file.parent if isinstance(file, Path) else None
+        return cls.of(written, base=base, source=source)
 
     @classmethod
     def of(cls, spec: Spec, base: Path | None = None, source: Source | None = None) -> Job:

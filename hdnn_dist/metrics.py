@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.checkpoint import to_json, write_text
+from hdnn_dist.checkpoint import to_json
+from hdnn_dist.storage import Log, Place, read
 from hdnn_dist.trainer import Listener, Progress, Runner
 
 if TYPE_CHECKING:
@@ -28,95 +30,93 @@ class JsonLines(Listener):
 
     `norms` are `‖∂loss/∂y_j‖` of the states `y_0 … y_N` in an epoch's last step, over its batch.
 
-    A loss that is no number is null, as JSON has none of those.
+    A loss that is no number is null, as JSON has none of those. Object stores, which cannot append,
+    have the file as of the last epoch.
 
     Args:
         run: the run directory.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Place) -> None:
         self.path = run / "metrics.jsonl"
-        self._file: IO[str] | None = None
+        self._log: Log | None = None
 
     def started(self, runner: Runner, step: int) -> None:
         """See `Listener`; so too below."""
         self.close()
         self._steps_per_epoch = runner.job.steps_per_epoch
         kept = [line for line, record in _lines(self.path) if record["step"] <= step]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._log = Log(self.path, "".join(f"{line}\n" for line in kept))
 
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
-        for result in results:
-            self._write(
-                kind="train",
-                step=result.step,
-                epoch=(result.step - 1) // self._steps_per_epoch + 1,
-                loss=result.loss,
-                accuracy=result.correct / result.samples,
-                lr=result.lr,
-                grad_norm=result.grad_norm,
-                samples_per_second=round(progress.samples_per_second, 1),
+        self._write(
+            *(
+                {
+                    "kind": "train",
+                    "step": result.step,
+                    "epoch": (result.step - 1) // self._steps_per_epoch + 1,
+                    "loss": result.loss,
+                    "accuracy": result.correct / result.samples,
+                    "lr": result.lr,
+                    "grad_norm": result.grad_norm,
+                    "samples_per_second": round(progress.samples_per_second, 1),
+                }
+                for result in results
             )
-        self._flush()
+        )
 
     def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:  # noqa: D102
-        self._write(kind="gradients", step=step, epoch=epoch, norms=list(norms))
-        self._flush()
+        norms = list(norms)
+        self._write({"kind": "gradients", "step": step, "epoch": epoch, "norms": norms}, ends=True)
 
     def regrouped(  # noqa: D102
         self, step: int, left: Sequence[str], joined: Sequence[str]
     ) -> None:
-        self._write(kind="agents", step=step, left=list(left), joined=list(joined))
-        self._flush()
+        record = {"kind": "agents", "step": step, "left": list(left), "joined": list(joined)}
+        self._write(record, ends=True)
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
-        self._write(
-            kind="eval",
-            step=step,
-            epoch=epoch,
-            loss=evaluation.loss,
-            accuracy=evaluation.accuracy,
-            samples=evaluation.samples,
-        )
-        self._flush()
+        record = {"kind": "eval", "step": step, "epoch": epoch, **asdict(evaluation)}
+        self._write(record, ends=True)
 
     def close(self) -> None:  # noqa: D102
-        if self._file is not None:
-            self._file.close()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
-    def _write(self, **record: Any) -> None:
-        assert self._file is not None, "started() comes first"
-        self._file.write(to_json(record) + "\n")
-
-    def _flush(self) -> None:
-        assert self._file is not None
-        self._file.flush()
+    def _write(self, *records: dict[str, Any], ends: bool = False) -> None:
+        assert self._log is not None, "started() comes first"
+        self._log.append("".join(f"{to_json(record)}\n" for record in records))
+        if ends:
+            self._log.commit()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Place) -> list[dict[str, Any]]:
     """The records of a run's `metrics.jsonl`; none if it has no such file."""
     return [record for _, record in _lines(run / "metrics.jsonl")]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with its record, up to one that is torn by a crash or otherwise none."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                return
-            if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-                return
-            yield line, record
+    try:
+        text = read(path).decode(errors="replace")
+    except FileNotFoundError:
+        return
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            return
+        yield line, record
 
 
 class TensorBoard(Listener):
     """Writes the metrics as TensorBoard events: `tensorboard --logdir RUN`.
 
     Args:
-        run: the run directory.
+        run: the run directory, a local one: TensorBoard's writer appends to its files.
     """
 
     def __init__(self, run: Path) -> None:

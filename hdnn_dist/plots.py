@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hdnn_dist.analysis import Counterexample
+from hdnn_dist.storage import Place, write
 
 Json = Mapping[str, Any]
 _FLOOR = 1e-200  # what a gradient that has vanished is drawn at
 _CEILING = 1e200  # what a norm or a bound that is higher is drawn at
 
 
-def save_figures(report: Json, folder: Path) -> list[Path]:
+def save_figures(report: Json, folder: Place) -> list[Place]:
     """All figures that a report (see `hdnn_dist.report`) has the numbers for."""
     made = [_norms(report, folder / "sensitivity.png"), _defects(report, folder / "defect.png")]
     if report["energy"] is not None:
@@ -30,7 +31,7 @@ def save_figures(report: Json, folder: Path) -> list[Path]:
     return made
 
 
-def save_counterexample(found: Counterexample, file: Path) -> Path:
+def save_counterexample(found: Counterexample, file: Place) -> Place:
     """Two solutions that drift apart, and the sensitivity that grows with the time between."""
     figure = _figure()
     plane, axes = figure.subplots(1, 2, width_ratios=(2, 3))
@@ -53,7 +54,7 @@ def save_counterexample(found: Counterexample, file: Path) -> Path:
     return _save(figure, axes, file)
 
 
-def _norms(report: Json, file: Path) -> Path:
+def _norms(report: Json, file: Place) -> Place:
     figure = _figure()
     norms, bounds = figure.subplots(1, 2)
     for network in report["networks"]:
@@ -72,7 +73,7 @@ def _norms(report: Json, file: Path) -> Path:
     return _save(figure, bounds, file)
 
 
-def _defects(report: Json, file: Path) -> Path:
+def _defects(report: Json, file: Place) -> Place:
     figure, axes = _axes("layers k back from the output", r"$\|M_k^T J M_k - J\|$, largest")
     for network in report["networks"]:
         largest = [_drawn(max(row)) for row in network["defects"]]
@@ -82,7 +83,7 @@ def _defects(report: Json, file: Path) -> Path:
     return _save(figure, axes, file)
 
 
-def _energy(report: Json, file: Path) -> Path:
+def _energy(report: Json, file: Place) -> Place:
     figure, axes = _axes("layer j", r"$H_j(y_j)$")
     for k, energy in enumerate(zip(*report["energy"], strict=True)):
         axes.plot(range(len(energy)), energy, alpha=0.8, label=f"sample {k}", **_dots(energy))
@@ -90,7 +91,7 @@ def _energy(report: Json, file: Path) -> Path:
     return _save(figure, axes, file)
 
 
-def _gradients(networks: Sequence[Json], file: Path) -> Path:
+def _gradients(networks: Sequence[Json], file: Place) -> Place:
     """One panel a network, one line for some of the epochs."""
     figure = _figure()
     panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
@@ -138,7 +139,9 @@ def _dots(values: Sequence[float]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3} if len(values) <= 32 else {}
 
 
-def _save(figure: Figure, axes: Axes, file: Path) -> Path:
+def _save(figure: Figure, axes: Axes, file: Place) -> Place:
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(file)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write(file, content.getvalue())
     return file

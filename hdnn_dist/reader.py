@@ -18,6 +18,8 @@ from pydantic_core import ErrorDetails
 
 from hdnn_dist.errors import SpecError, did_you_mean
 from hdnn_dist.spec import NAME_RULE, Optimizer, Schedule, Section, Spec, Split, kind_of
+from hdnn_dist.storage import Place as FilePlace
+from hdnn_dist.storage import read
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,7 +99,7 @@ class Source:
         return SpecError(loc, problem, mend, self.locate(loc))
 
 
-def read_spec(path: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Spec, Source]:
+def read_spec(path: FilePlace | None = None, overrides: Sequence[str] = ()) -> tuple[Spec, Source]:
     """Read a spec file, or the embedded default for None.
 
     ``topology`` may name another file: its section ``topology``, or the keys bare. Graph files are
@@ -118,7 +120,7 @@ def read_spec(path: Path | None = None, overrides: Sequence[str] = ()) -> tuple[
         folder = Path()
     else:
         data, source = _load(path)
-        folder = path.parent
+        folder = path.parent if isinstance(path, Path) else Path()
     _follow(data, source, folder)
     for override in overrides:
         _override(data, source, override)
@@ -163,9 +165,9 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _load(path: Path) -> tuple[dict[str, Any], Source]:
+def _load(path: FilePlace) -> tuple[dict[str, Any], Source]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SpecError((), f"cannot read {path}: {reason}", "name a YAML file") from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,20 +35,21 @@ from hdnn_dist.metrics import read_metrics
 from hdnn_dist.model import Layers
 from hdnn_dist.optimization import build_optimizer, learning_rate
 from hdnn_dist.run import check_can_be_made, reopen
+from hdnn_dist.storage import Where, place
 from hdnn_dist.trainer import Runner
 
 Baselines = Literal["trained", "initial", "none"]
 
 
 def analyze(
-    run: str | os.PathLike[str],
+    run: Where,
     *,
     samples: int = 8,
     baselines: Baselines = "trained",
     overrides: Sequence[str] = (),
     local: bool = False,
     address: str | None = None,
-    out: str | os.PathLike[str] | None = None,
+    out: Where | None = None,
 ) -> dict[str, Any]:
     """Measure what is proved of the family on a run's latest checkpoint.
 
@@ -75,19 +74,19 @@ def analyze(
     """
     from hdnn_dist.plots import save_figures  # matplotlib takes a second to import
 
-    job = reopen(Path(run), overrides)
+    run = place(run)
+    job = reopen(run, overrides)
     if not 1 <= samples <= job.data.test:  # before a cluster is started
         raise UserError(
             f"{samples} samples, but the test set has {job.data.test}", f"take 1 to {job.data.test}"
         )
-    folder = Path(run) / "analysis" if out is None else Path(out)
+    folder = run / "analysis" if out is None else place(out)
     check_can_be_made(folder, "--out")
-    folder.mkdir(parents=True, exist_ok=True)
     with open_run(run, overrides=overrides, local=local, address=address) as (runner, step):
         report = _of_agents(runner, samples) | {"step": step}
     report["networks"][0]["gradients"] = [
         {"epoch": record["epoch"], "norms": record["norms"]}
-        for record in read_metrics(Path(run))
+        for record in read_metrics(run)
         if record["kind"] == "gradients"
     ]
     write_json(folder / "analysis.json", report)  # whatever becomes of the baselines

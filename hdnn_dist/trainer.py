@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
 
@@ -34,8 +33,9 @@ from hdnn_dist.checkpoint import (
     write_json,
 )
 from hdnn_dist.data import Part
-from hdnn_dist.errors import CheckpointError, LostError, RunError, UserError
+from hdnn_dist.errors import CheckpointError, LostError, RunError, StorageError, UserError
 from hdnn_dist.job import Job
+from hdnn_dist.storage import Place, read
 from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
@@ -80,11 +80,11 @@ class Runner(Protocol):
         """What the agents add up to for the first test samples (see `hdnn_dist.analysis`)."""
         ...
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: Place) -> dict[str, str]:
         """Write each agent's state into a folder; SHA-256 by agent."""
         ...
 
-    def load(self, folder: Path, manifest: Manifest) -> None:
+    def load(self, folder: Place, manifest: Manifest) -> None:
         """Put back what `save` wrote."""
         ...
 
@@ -142,10 +142,10 @@ class LocalRunner:
     def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
         return self.worker.sensitivities(samples, V)
 
-    def save(self, folder: Path) -> dict[str, str]:  # noqa: D102
+    def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
         return self.worker.save(folder)
 
-    def load(self, folder: Path, manifest: Manifest) -> None:  # noqa: D102
+    def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
         self.worker.load(folder, manifest)
 
     def reform(self, job: Job) -> None:  # noqa: D102
@@ -264,7 +264,7 @@ class Trainer:
     def __init__(
         self,
         runner: Runner,
-        run: Path,
+        run: Place,
         listeners: Sequence[Listener] = (),
         stop: Event | None = None,
     ) -> None:
@@ -284,6 +284,7 @@ class Trainer:
             KeyboardInterrupt: `stop` was set; a checkpoint of this very step is there.
             LostError: actors were lost, and the run may not or cannot go on without them.
             RunError: a loss, state or gradient is not finite; the last checkpoint is good.
+            StorageError: something cannot be written, or the last checkpoint not be reached.
         """
         cluster, restarts = self.runner.job.spec.cluster, 0
         again = False
@@ -306,6 +307,15 @@ class Trainer:
                     self._drop(error)
                 restarts, again = restarts + 1, True
                 self._tell("lost", error, restarts)
+            except StorageError as error:
+                raise StorageError(f"{error.problem}; {self._what_is_left()}", error.mend) from None
+
+    def _what_is_left(self) -> str:
+        try:
+            whole = checkpoints(self.run)
+        except StorageError:  # told already
+            return "its checkpoints are as they were"
+        return f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
 
     def _wanted(self) -> Job:
         """The job of those agents that are to take part: the runner's own, if it is that."""
@@ -353,6 +363,7 @@ class Trainer:
                 totals(),
                 runner.save,
                 accuracy=None if evaluation is None else evaluation.accuracy,
+                spec=job.spec.model_dump(mode="json"),
                 keep_last=training.keep_last,
                 keep_best=training.keep_best,
             )
@@ -470,7 +481,7 @@ def state_digest(job: Job) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def restore(runner: Runner, run: Path) -> int:
+def restore(runner: Runner, run: Place) -> int:
     """Load a run's latest checkpoint into its agents.
 
     Args:
@@ -484,7 +495,7 @@ def restore(runner: Runner, run: Path) -> int:
         CheckpointError: there is no whole checkpoint, or it is of another job, or past its end.
     """
 
-    def use(folder: Path, manifest: Manifest) -> int:
+    def use(folder: Place, manifest: Manifest) -> int:
         check_belongs(runner.job, run, folder, manifest)
         runner.load(folder, manifest)
         return manifest.step
@@ -492,7 +503,7 @@ def restore(runner: Runner, run: Path) -> int:
     return from_latest(run, use)
 
 
-def check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None:
+def check_belongs(job: Job, run: Place, folder: Place, manifest: Manifest) -> None:
     """A checkpoint is of this very job, and not past its end.
 
     Raises:
@@ -512,10 +523,10 @@ def check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None
         )
 
 
-def read_summary(run: Path, steps: int) -> Summary | None:
+def read_summary(run: Place, steps: int) -> Summary | None:
     """The summary of a run that ended after so many steps; None if there is none."""
     try:
-        content = json.loads((run / "summary.json").read_bytes())
+        content = json.loads(read(run / "summary.json"))
         values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
         found = Summary(**values | {"absent": tuple(values.get("absent", ()))})
     except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged

@@ -19,6 +19,7 @@ from hdnn_dist.data import Part, load_rows
 from hdnn_dist.errors import DataError
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
+from hdnn_dist.storage import Place
 from hdnn_dist.transport import Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
@@ -122,14 +123,14 @@ class Worker:
         sums = self._drive(actions, V.shape[1])
         return reduce(operator.add, sums)
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: Place) -> dict[str, str]:
         """Write the state of each agent here; SHA-256 by agent."""
         return {
             agent.name: save_agent(folder, agent.name, agent.state())
             for agent in self.agents.values()
         }
 
-    def load(self, folder: Path, manifest: Manifest) -> None:
+    def load(self, folder: Place, manifest: Manifest) -> None:
         """Put back what `save` wrote, whichever processes wrote it.
 
         Agents that did not take part in the checkpoint keep the weights they have.

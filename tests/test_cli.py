@@ -24,6 +24,7 @@ from hdnn_dist.data import PIXELS, load_features
 from hdnn_dist.errors import DataError, RunError
 from hdnn_dist.reader import json_schema
 from hdnn_dist.spec import DataSpec
+from hdnn_dist.storage import Place
 from hdnn_dist.trainer import LocalRunner
 
 SPEC = """\
@@ -235,10 +236,10 @@ def test_check_and_train_refuse_the_same(
         ("train spec.yaml --resume {run} --local", "a SPEC is given with --resume"),
         ("train --local --run {run}", "is not empty"),
         ("train --local --run {run}/spec.yaml/x", "spec.yaml is a file"),
-        ("train --resume {run} --local --set model.layers=3", "model.layers is 2, not 3"),
+        ("train --resume {run} --local --set model.layers=3", "model.layers: 2 -> 3;"),
         ("train --resume nowhere --local", "nowhere is no run directory"),
         ("eval nowhere --local", "nowhere is no run directory"),
-        ("eval {run} --local --set training.seed=1", "training.seed is 0, not 1"),
+        ("eval {run} --local --set training.seed=1", "training.seed: 0 -> 1;"),
         ("predict nowhere --local", "nowhere is no run directory"),
         ("predict {run} --local --input nowhere.npy", "nowhere.npy cannot be read"),
         ("predict {run} --local --out nowhere/out.csv", "there is no folder nowhere"),
@@ -274,12 +275,28 @@ def test_a_full_disk_is_told_with_a_hint(
     spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(LocalRunner, "save", raiser(OSError(errno.ENOSPC, "No space left")))
-    assert hdnn("train", spec, "--local", "--run", run, "--no-tensorboard") == 1
+    full = OSError(errno.ENOSPC, "No space left on device")
+    saves: list[int] = []
+
+    class Filling(LocalRunner):
+        def save(self, folder: Place) -> dict[str, str]:
+            saves.append(self.worker.step)
+            if len(saves) == 2:
+                monkeypatch.setattr("os.fsync", raiser(full))
+            return super().save(folder)
+
+    monkeypatch.setattr("hdnn_dist.api.LocalRunner", Filling)
+    assert hdnn("train", spec, "--local", "--run", run, "--no-tensorboard") == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: No space left",  # writes do not know their file's name
+        f"error: {run}/checkpoints/step-00000006/a.safetensors: cannot be written "
+        "(No space left on device); step-00000003 is whole; make room there",
         f"continue with: hdnn-dist train --resume {run} --local",
     ]
+    monkeypatch.undo()
+    assert hdnn("train", "--resume", run, "--local", "--no-tensorboard") == 0
+    assert hdnn("train", spec, "--local", "--run", tmp_path / "quiet", "--no-tensorboard") == 0
+    assert files(run) == files(tmp_path / "quiet")
+    assert not list(run.rglob(".*"))
 
 
 def test_a_user_error_amid_training_is_told_with_a_hint(

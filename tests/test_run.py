@@ -27,14 +27,16 @@ from hdnn_dist.errors import CheckpointError, LostError, RunError, UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.reader import spec_from_dict
-from hdnn_dist.run import create, finished, has_checkpoint, reopen, vacant
+from hdnn_dist.run import create, finished, has_checkpoint, incompatible, reopen, vacant
+from hdnn_dist.storage import place
 from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner, restore, state_digest
+
+TOPOLOGY = {"name": "a pair/of", "agents": ["a", "b"], "d": 2, "edges": [["a", "b"]]}
 
 
 def tiny(**changes: object) -> Job:
-    topology = {"name": "a pair/of", "agents": ["a", "b"], "d": 2, "edges": [["a", "b"]]}
     sections = {"data": {"train_samples": 64, "test_samples": 10}, "model": {"layers": 1}}
-    return Job.of(spec_from_dict({"topology": topology, **sections, **changes}))
+    return Job.of(spec_from_dict({"topology": TOPOLOGY, **sections, **changes}))
 
 
 @pytest.fixture
@@ -100,14 +102,14 @@ def test_what_a_run_that_goes_on_may_change(run: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.layers=3", "model.layers is 1, not 3"),
-        ("topology.agents.1.d=5", "topology.agents.1.d is 2, not 5"),
-        ("topology.agents=[a, b, c]", "topology.agents.2 is null, not"),
-        ("data.train_samples=32", "data.train_samples is 64, not 32"),
-        ("training.batch_size=8", "training.batch_size is 64, not 8"),
-        ("training.seed=3", "training.seed is 0, not 3"),
-        ("training.dtype=float64", 'training.dtype is "float32", not "float64"'),
-        ("training.optimizer.name=sgd", 'training.optimizer.name is "adam", not "sgd"'),
+        ("model.layers=3", "model.layers: 1 -> 3;"),
+        ("topology.agents.1.d=5", "topology.agents.b.d: 2 -> 5;"),
+        ("topology.agents=[a, b, c]", 'topology.agents.c: absent -> {"d": 2'),
+        ("data.train_samples=32", "data.train_samples: 64 -> 32;"),
+        ("training.batch_size=8", "training.batch_size: 64 -> 8;"),
+        ("training.seed=3", "training.seed: 0 -> 3;"),
+        ("training.dtype=float64", 'training.dtype: "float32" -> "float64";'),
+        ("training.optimizer.name=sgd", 'training.optimizer.name: "adam" -> "sgd";'),
     ],
 )
 def test_what_it_may_not(run: Path, override: str, says: str) -> None:
@@ -120,7 +122,54 @@ def test_what_it_may_not(run: Path, override: str, says: str) -> None:
 def test_every_changed_key_is_named(run: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         reopen(run, ["model.layers=3", "model.h=0.5", "training.epochs=2"])
-    assert "model.layers is 1, not 3, model.h is 0.25, not 0.5 in this run" in str(error.value)
+    assert ": model.layers: 1 -> 3, model.h: 0.25 -> 0.5; leave" in str(error.value)
+
+
+def test_agents_and_edges_that_changed_are_named_and_not_counted(run: Path) -> None:
+    before = tiny().spec
+    topology = {
+        "name": "a pair/of",
+        "agents": [{"name": "c", "d": 3}, {"name": "a", "cpu": 2}],
+        "d": 2,
+        "edges": [["a", "c"]],
+    }
+    data = {"name": "double_moons", "train_samples": 64, "test_samples": 10}
+    after = tiny(topology=topology, data=data).spec
+    assert incompatible(before, before) == []
+    changes = {change.split(":")[0]: change for change in incompatible(before, after)}
+    assert changes.keys() == {
+        "topology.agents.b",
+        "topology.agents.c",
+        "topology.edges.a - b",
+        "topology.edges.a - c",
+        "data.name",
+    }
+    assert re.fullmatch(r'topology.agents.c: absent -> {"d": 3.*', changes["topology.agents.c"])
+    assert changes["topology.edges.a - b"] == 'topology.edges.a - b: "an edge" -> absent'
+    turned = tiny(topology={**TOPOLOGY, "agents": ["b", "a"]}).spec
+    assert incompatible(before, turned) == ['order of topology.agents: ["a", "b"] -> ["b", "a"]']
+    assert changes["data.name"] == 'data.name: "digits" -> "double_moons"'
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_spec_that_was_edited_after_a_checkpoint_is_refused_key_by_key(
+    tmp_path: Path, url: bool
+) -> None:
+    where = "memory://edited/run" if url else tmp_path / "run"
+    hdnn_dist.train(tiny(training={"epochs": 1}), run=where, local=True)
+    file = place(where) / "spec.yaml"
+    good = file.read_text()
+    file.write_text(good.replace("h: 0.25", "h: 0.5").replace("seed: 0", "seed: 1"))
+    for call in (reopen, hdnn_dist.load):
+        with pytest.raises(CheckpointError) as error:
+            call(where)
+        assert "step-00000001: of another job" in str(error.value)
+        assert ": model.h: 0.25 -> 0.5, training.seed: 0 -> 1; leave" in str(error.value)
+    other = tiny(training={"epochs": 2, "dtype": "float64"})  # a job that was never reopened
+    with pytest.raises(CheckpointError, match=r'training\.dtype: "float32" -> "float64";'):
+        hdnn_dist.fit(LocalRunner(other), where)
+    file.write_text(good.replace("lr: 0.01", "lr: 0.5"))
+    assert reopen(where).spec.training.optimizer.lr == 0.5
 
 
 def test_no_run_and_no_checkpoint(run: Path, tmp_path: Path) -> None:
