@@ -143,7 +143,9 @@ class LocalRunner:
 
     def reform(self) -> None:  # noqa: D102
         agents = range(len(self.job.topology.agents))
-        self.worker = Worker(self.job, agents, InProcess(self.job.architecture.patterns.S))
+        job = self.job
+        transport = InProcess(job.architecture.patterns.S, job.topology.names, job.dtype)
+        self.worker = Worker(job, agents, transport)
 
     def close(self) -> None:  # noqa: D102
         pass
