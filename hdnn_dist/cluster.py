@@ -110,11 +110,11 @@ class AgentActor:
         """Take on some agents of a job, and return the digest of the job as this actor sees it."""
         torch.set_num_threads(spec.cluster.threads or 1)
         job = Job.of(spec).without(absent)
-        S = job.architecture.patterns.S
+        common = job.architecture.patterns.S, job.topology.names, job.dtype
         transport = (
-            InProcess(S)
+            InProcess(*common)
             if len(packing) == 1
-            else PointToPoint(S, hosts(packing), job.topology.names, job.dtype)
+            else PointToPoint(*common, hosts(packing), job.digest)
         )
         self._worker = Worker(job, agents, transport)
         self._worker.load_data()

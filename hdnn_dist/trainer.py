@@ -150,8 +150,8 @@ class LocalRunner:
 
     def reform(self, job: Job) -> None:  # noqa: D102
         self.job = job
-        agents = range(len(job.topology.agents))
-        self.worker = Worker(job, agents, InProcess(job.architecture.patterns.S))
+        transport = InProcess(job.architecture.patterns.S, job.topology.names, job.dtype)
+        self.worker = Worker(job, range(len(job.topology.agents)), transport)
 
     def close(self) -> None:  # noqa: D102
         pass

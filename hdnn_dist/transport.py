@@ -1,21 +1,25 @@
 """Delivery of a plan's rounds: within a process, and between processes by torch.distributed.
 
 A transport is given the messages that the agents of its process send in one round and returns
-those that they receive. It sends nothing that the round does not list, nothing along a link that
-the topology does not have, and counts every byte per pair of agents.
+those that they receive. It sends and accepts nothing that the round does not list, nothing along a
+link that the topology does not have, and counts every byte per pair of agents. A message that is
+not the planned one, in sender, round, shape or dtype, is an error that names its sender.
 """
 
 from __future__ import annotations
 
+import secrets
+import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hdnn_dist.errors import TransportError
+from hdnn_dist.errors import AgreementError, TransportError
 from hdnn_dist.exchange import Message, Round
 from hdnn_dist.node import Exchange
 from hdnn_dist.sparsity import BlockPattern
@@ -23,9 +27,17 @@ from hdnn_dist.sparsity import BlockPattern
 Result = TypeVar("Result")
 Mail = dict[tuple[int, int], Tensor]
 
+STAMP = 128  # bytes before and after the numbers of a message between processes; keeps them aligned
+SPARE = (
+    1 << 20
+)  # bytes by which a message may be too long before gloo ends the process that gets it
+
 
 class Transport(Protocol):
     """Delivers one round after the other."""
+
+    names: tuple[str, ...]
+    """The agents' names."""
 
     sent: Counter[tuple[int, int]]
     """Bytes sent so far, by (source, target)."""
@@ -47,7 +59,12 @@ def drive(
         agents: a started-to-be generator per agent (see `hdnn_dist.node`).
         transport: carries the messages.
         batch: number of samples, which fixes the size of every message.
+
+    Raises:
+        AgreementError: an agent is in another round, or sends what the plan does not have.
+        TransportError: another process is gone.
     """
+    names = transport.names
     inboxes: dict[int, dict[int, Tensor] | None] = dict.fromkeys(agents)
     results: dict[int, Result] = {}
     while True:
@@ -60,13 +77,18 @@ def drive(
             except StopIteration as stop:
                 results[i] = stop.value
                 continue
-            assert phase is None or phase is wanted, f"{i} is in {wanted.name}, not {phase}"
+            if phase is not None and phase is not wanted:
+                raise AgreementError(
+                    f"agent {names[i]} is in round {wanted.name}, the others here in {phase.name}"
+                )
             phase = wanted
             for target, tensor in outbox.items():
                 mail[i, target] = tensor
         if phase is None:
             return results
-        assert not results, f"agents {list(results)} have ended before the others"
+        if results:
+            ended = ", ".join(names[i] for i in results)
+            raise AgreementError(f"round {phase.name}: agent(s) {ended} ended before the others")
         inboxes = {i: {} for i in agents}
         for (source, target), tensor in transport.exchange(phase, mail, batch).items():
             box = inboxes[target]
@@ -79,25 +101,53 @@ class InProcess:
 
     Args:
         links: the pattern `S`; `S[i, l] = 1` if a message may go from `l` to `i`.
+        names: the agents' names, for messages of error.
+        dtype: of everything that is sent.
     """
 
-    def __init__(self, links: BlockPattern) -> None:
+    def __init__(self, links: BlockPattern, names: Sequence[str], dtype: torch.dtype) -> None:
         self.links = frozenset((source, target) for target, source in links.entries)
+        self.names, self.dtype = tuple(names), dtype
         self.sent: Counter[tuple[int, int]] = Counter()
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
-        """See `Transport`."""
-        self._count(phase, mail, phase.messages, phase.columns(batch))
+        """See `Transport`.
+
+        Raises:
+            AgreementError: an agent sends something else than the plan says.
+        """
+        self._check(phase, mail, phase.messages, phase.columns(batch))
         return mail
 
-    def _count(self, phase: Round, mail: Mail, expected: Sequence[Message], columns: int) -> None:
-        assert len(mail) == len(expected), f"round {phase.name}: not the planned messages"
-        for m in expected:
-            link = m.source, m.target
-            tensor = mail[link]
-            assert link in self.links, f"round {phase.name}: {link} is not a link"
-            assert tensor.shape == (m.rows, columns), f"{phase.name}: {link} sends {tensor.shape}"
+    def _check(self, phase: Round, mail: Mail, planned: Sequence[Message], columns: int) -> None:
+        """Refuse mail that is not exactly what was planned, and count it."""
+        for m in planned:
+            link, shape = (m.source, m.target), (m.rows, columns)
+            tensor = mail.get(link)
+            if tensor is None or tensor.shape != shape or tensor.dtype != self.dtype:
+                sent = "nothing" if tensor is None else _described(tensor.shape, tensor.dtype)
+                raise self._refusal(phase, link, sent, _described(shape, self.dtype))
+            if link not in self.links:
+                raise self._refusal(phase, link, "a message", "no link")
             self.sent[link] += tensor.nbytes
+        if len(mail) != len(planned):
+            link = min(mail.keys() - {(m.source, m.target) for m in planned})
+            raise self._refusal(phase, link, "a message", "none")
+
+    def _refusal(
+        self, phase: Round, link: tuple[int, int], sent: str, planned: str
+    ) -> AgreementError:
+        source, target = (
+            repr(self.names[i]) if 0 <= i < len(self.names) else f"number {i}" for i in link
+        )
+        return AgreementError(
+            f"round {phase.name}: agent {source} sends {sent} to agent {target}, where {planned} "
+            "is planned"
+        )
+
+
+def _described(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
 class PointToPoint(InProcess):
@@ -106,62 +156,137 @@ class PointToPoint(InProcess):
     What one process has for another in a round travels as one message, in the plan's order.
     Receives are posted before sends, so no order of processes can deadlock.
 
+    gloo tells nobody how long a message was, leaves the rest of a buffer as it was if one is
+    short, and ends the process if one is longer than the buffer. So a message is
+
+        stamp | numbers | stamp
+
+    where the stamp says job, how many rounds went before, round, shape, dtype and who sends to
+    whom, and is received in a buffer with room to spare behind it.
+
     Args:
-        links: as in `InProcess`.
+        links, names, dtype: as in `InProcess`.
         host: per agent, the rank of the process that hosts it.
-        names: the agents' names, for messages of error.
-        dtype: of everything that is sent.
+        job: the digest of what all processes have agreed on.
     """
 
     def __init__(
-        self, links: BlockPattern, host: Sequence[int], names: Sequence[str], dtype: torch.dtype
+        self,
+        links: BlockPattern,
+        names: Sequence[str],
+        dtype: torch.dtype,
+        host: Sequence[int],
+        job: str,
     ) -> None:
-        super().__init__(links)
-        self.host, self.names, self.dtype = tuple(host), tuple(names), dtype
+        super().__init__(links, names, dtype)
+        self.host, self.job = tuple(host), job[:12]
         self.rank = dist.get_rank()
+        self._rounds = 0
         self._routes: dict[Round, _Route] = {}
+        self._untouched = secrets.token_bytes(2 * STAMP)  # what no peer can guess
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`.
 
         Raises:
+            AgreementError: an agent here, or a peer, sends something else than the plan says.
             TransportError: a peer is gone or did not answer within the group's timeout.
         """
         route = self._routes.get(phase)
         if route is None:
             route = self._routes[phase] = _Route(phase, self.host, self.rank)
         columns = phase.columns(batch)
-        self._count(phase, mail, route.planned, columns)
+        self._check(phase, mail, route.planned, columns)
+        self._rounds += 1
         arrived = {link: mail[link] for link in route.local}
         if not route.peers:
             return arrived
-        buffers = {
-            peer: torch.empty(sum(m.rows for m in messages), columns, dtype=self.dtype)
-            for peer, messages in route.receives.items()
-        }
+        frames: dict[int, Tensor] = {}
         pending: list[tuple[int, dist.Work | None]] = []
         try:
-            for rank, buffer in buffers.items():
+            for rank, messages in route.receives.items():
                 peer = rank
-                pending.append((peer, dist.irecv(buffer, peer)))
+                frames[peer] = self._room(messages, columns)
+                pending.append((peer, dist.irecv(frames[peer], peer)))
             for rank, messages in route.sends.items():
                 peer = rank
-                merged = torch.cat([mail[m.source, m.target] for m in messages])
-                pending.append((peer, dist.isend(merged, peer)))
+                frame = self._sealed(phase, messages, columns, mail)
+                pending.append((peer, dist.isend(frame, peer)))
             for rank, work in pending:
                 peer = rank
                 if work is not None:
                     work.wait()
         except RuntimeError as error:
-            theirs = [n for n, rank in zip(self.names, self.host, strict=True) if rank == peer]
             raise TransportError(
-                f"round {phase.name}: the process of agent(s) {', '.join(theirs)} did not answer: "
+                f"round {phase.name}: the process of agent(s) {self._hosted(peer)} did not answer: "
                 f"{str(error).splitlines()[0]}"
             ) from error
         for peer, messages in route.receives.items():
-            parts = buffers[peer].split([m.rows for m in messages])
+            parts = self._opened(phase, messages, columns, frames[peer], peer)
             arrived.update(zip(((m.source, m.target) for m in messages), parts, strict=True))
         return arrived
+
+    def _stamp(self, phase: Round, messages: _Bundle, columns: int) -> bytes:
+        shape = _described((messages.rows, columns), self.dtype)
+        text = f"{self.job} {self._rounds} {phase.name} {shape} {messages.digest:08x}"
+        return text.encode().ljust(STAMP)[:STAMP]
+
+    def _stop(self, messages: _Bundle, columns: int) -> int:
+        """Where the numbers end in a frame."""
+        return STAMP + messages.rows * columns * self.dtype.itemsize
+
+    def _sealed(self, phase: Round, messages: _Bundle, columns: int, mail: Mail) -> Tensor:
+        """The frame that takes messages to a peer."""
+        stop = self._stop(messages, columns)
+        frame = torch.empty(stop + STAMP, dtype=torch.uint8)
+        numbers = frame[STAMP:stop].view(self.dtype).view(messages.rows, columns)
+        torch.cat([mail[m.source, m.target] for m in messages], out=numbers)
+        view = frame.numpy().data
+        view[:STAMP] = view[stop:] = self._stamp(phase, messages, columns)
+        return frame
+
+    def _room(self, messages: _Bundle, columns: int) -> Tensor:
+        """A frame to receive in, marked where a peer must write and where it must not."""
+        stop = self._stop(messages, columns)
+        frame = torch.empty(stop + STAMP + SPARE, dtype=torch.uint8)
+        frame.numpy().data[stop : stop + 2 * STAMP] = self._untouched
+        return frame
+
+    def _opened(
+        self, phase: Round, messages: _Bundle, columns: int, frame: Tensor, peer: int
+    ) -> Iterable[Tensor]:
+        """The messages in a frame, if they are those that were planned."""
+        stop = self._stop(messages, columns)
+        planned, view = self._stamp(phase, messages, columns), frame.numpy().data
+        stamp, end = bytes(view[:STAMP]), bytes(view[stop : stop + 2 * STAMP])
+        if stamp != planned or end != planned + self._untouched[STAMP:]:
+            text = stamp.decode("ascii", "replace").rstrip()
+            sent = repr(text) if text.isprintable() else "something that is no message"
+            if stamp == planned:
+                sent += " with fewer or more numbers than it says"
+            raise AgreementError(
+                f"round {phase.name}: the process of agent(s) {self._hosted(peer)} sent {sent}, "
+                f"where {planned.decode().rstrip()!r} is planned (job, number of the round, round, "
+                "shape, dtype, agents)"
+            )
+        numbers = frame[STAMP:stop].view(self.dtype).view(messages.rows, columns)
+        parts: Iterable[Tensor] = numbers.split([m.rows for m in messages])
+        return parts
+
+    def _hosted(self, peer: int) -> str:
+        return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
+
+
+class _Bundle(tuple[Message, ...]):
+    """What one process has for another in a round."""
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(m.rows for m in self)
+
+    @cached_property
+    def digest(self) -> int:
+        return zlib.crc32(repr([(m.source, m.target, m.rows) for m in self]).encode())
 
 
 class _Route:
@@ -170,12 +295,14 @@ class _Route:
     def __init__(self, phase: Round, host: tuple[int, ...], rank: int) -> None:
         self.planned = [m for m in phase.messages if host[m.source] == rank]
         self.local = [(m.source, m.target) for m in self.planned if host[m.target] == rank]
-        self.sends: dict[int, list[Message]] = {}
-        self.receives: dict[int, list[Message]] = {}
+        sends: dict[int, list[Message]] = {}
+        receives: dict[int, list[Message]] = {}
         for m in phase.messages:
             here, there = host[m.source], host[m.target]
             if here == rank != there:
-                self.sends.setdefault(there, []).append(m)
+                sends.setdefault(there, []).append(m)
             elif there == rank != here:
-                self.receives.setdefault(here, []).append(m)
+                receives.setdefault(here, []).append(m)
+        self.sends = {peer: _Bundle(messages) for peer, messages in sends.items()}
+        self.receives = {peer: _Bundle(messages) for peer, messages in receives.items()}
         self.peers = self.sends.keys() | self.receives.keys()

@@ -10,6 +10,7 @@ from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.spec import Spec
+from hdnn_dist.transport import InProcess
 
 
 @st.composite
@@ -118,3 +119,8 @@ def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:
     agents = tuple(range(len(architecture.names)))
     order = architecture.stacked(agents, architecture.member.whole)
     return matrix[..., order[:, None], order]
+
+
+def in_process(job: Job, cls: type[InProcess] = InProcess) -> InProcess:
+    """The transport of a job whose agents share a process."""
+    return cls(job.architecture.patterns.S, job.topology.names, job.dtype)

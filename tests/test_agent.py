@@ -9,15 +9,15 @@ from hdnn_dist.data import background
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.job import Job
 from hdnn_dist.testing import assert_close, dense_step
-from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
+from tests.strategies import in_process
 
 BASE = ["model.layers=2", "training.dtype=float64", "topology.d=2"]
 
 
 def worker(*overrides: str) -> Worker:
     job = Job.load(None, [*BASE, *overrides])
-    return Worker(job, range(8), InProcess(job.architecture.patterns.S))
+    return Worker(job, range(8), in_process(job))
 
 
 def weights(of: Worker) -> dict[str, torch.Tensor]:

@@ -18,11 +18,11 @@ from hdnn_dist.testing import (
 )
 from hdnn_dist.transport import InProcess, drive
 from hdnn_dist.worker import Worker
-from tests.strategies import jobs
+from tests.strategies import in_process, jobs
 
 
 def run(agents: dict[int, Exchange[Tensor]], job: Job, batch: int = 2) -> dict[int, Tensor]:
-    return drive(agents, InProcess(job.architecture.patterns.S), batch)
+    return drive(agents, in_process(job), batch)
 
 
 @given(jobs())
@@ -51,7 +51,7 @@ def test_scatter_is_the_adjoint_of_gather(job: Job) -> None:
 
 @given(jobs())
 def test_spread_is_the_adjoint_of_collect(job: Job) -> None:
-    agents = Worker(job, range(len(job.architecture.names)), InProcess(job.architecture.patterns.S))
+    agents = Worker(job, range(len(job.architecture.names)), in_process(job))
     nodes = {i: agent.node for i, agent in agents.agents.items()}
     on_tree = sorted(job.architecture.tree.depth)
     C, rounds = job.architecture.classes, job.plan.collect
@@ -75,7 +75,7 @@ def test_spread_is_the_adjoint_of_collect(job: Job) -> None:
 @given(jobs())
 def test_a_distributed_step_is_the_dense_one(job: Job) -> None:
     """Loss, all gradients, and the bytes on every edge, on any graph, in one process."""
-    transport = InProcess(job.architecture.patterns.S)
+    transport = in_process(job)
     worker = Worker(job, range(len(job.architecture.names)), transport)
     [result] = worker.train(1)
     gradients = {i: agent.node.gradients for i, agent in worker.agents.items()}
@@ -91,7 +91,7 @@ def test_the_rounds_run_in_the_order_of_the_plan(job: Job) -> None:
             return super().exchange(phase, mail, batch)
 
     seen: list[Round] = []
-    Worker(job, range(len(job.architecture.names)), Recorder(job.architecture.patterns.S)).train(1)
+    Worker(job, range(len(job.architecture.names)), in_process(job, Recorder)).train(1)
     assert seen == list(job.plan.training_step)
 
 
@@ -115,7 +115,7 @@ def test_both_encoders_and_agents_without_input(encoder: str) -> None:
             }
         )
     )
-    worker = Worker(job, range(4), InProcess(job.architecture.patterns.S))
+    worker = Worker(job, range(4), in_process(job))
     [result] = worker.train(1)
     assert_matches_dense(job, result, {i: a.node.gradients for i, a in worker.agents.items()})
 
@@ -123,7 +123,7 @@ def test_both_encoders_and_agents_without_input(encoder: str) -> None:
 def test_a_deep_network_keeps_its_accuracy() -> None:
     """Rounding does not build up over 200 layers on the default ring."""
     job = Job.load(None, ["model.layers=200", "model.h=0.05", "training.dtype=float64"])
-    worker = Worker(job, range(8), InProcess(job.architecture.patterns.S))
+    worker = Worker(job, range(8), in_process(job))
     [result] = worker.train(1)
     assert_matches_dense(job, result, {i: a.node.gradients for i, a in worker.agents.items()})
     first = worker.agents[0].node.gradients["Kp"][0]
