@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -31,7 +31,10 @@ from ray.util.placement_group import (
     placement_group,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 from torch import Tensor
 
 from hdnn_dist.agent import Evaluation, Fault, StepResult
@@ -47,14 +50,15 @@ from hdnn_dist.errors import (
     TransportError,
 )
 from hdnn_dist.job import Job
-from hdnn_dist.placement import Demand, Node, Packing, address_of, demands, hosts, pack
+from hdnn_dist.placement import Demand, Node, Packing, address_of, assign, demands, hosts, pack
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
 from hdnn_dist.transport import InProcess, PointToPoint
 from hdnn_dist.worker import PARTS, Worker
 
-SLICE = 2.0  # seconds between two looks at what the cluster has
-GRACE = 3.0  # seconds that actors are given to tell their side of a failure
+SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
+GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
+START = 60.0  # seconds that a process is given to start, torch and all, before it is taken for lost
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
 
 
@@ -190,8 +194,14 @@ class RayRunner:
     def __init__(self, job: Job, address: str | None = None) -> None:
         self.job = job
         self.timeout = job.spec.cluster.timeout
+        # Who is silent for so long is lost: the rest of the timeout goes to finding out who.
+        self.grace = min(GRACE, self.timeout / 6)
+        self.patience = self.timeout - 2.5 * self.grace
         self._actors: list[Any] = []
         self._nodes: list[str] = []
+        self._raylets: dict[str, tuple[str, int]] = {}  # where each node listens
+        self._looked = 0.0  # when those were looked at last
+        self._suspects: set[str] = set()  # nodes on which actors were lost
         self._group: PlacementGroup | None = None
         self._own_ray = not ray.is_initialized()
         # Actors that fail because another one did are asked about it, not reported one by one.
@@ -209,6 +219,7 @@ class RayRunner:
         self.job = job
         try:
             self._disband()
+            self._clear_suspects()
             self._place()
         except HdnnError:
             raise
@@ -216,19 +227,40 @@ class RayRunner:
             raise RunError(f"Ray failed while the actors were placed: {error}") from error
         self._form()
 
+    def _clear_suspects(self) -> None:
+        """Nodes that lost actors, but do what they are told, are as good as any."""
+        if not self._suspects:
+            return
+        probe = ray.remote(num_cpus=0, max_retries=0)(lambda: None)
+        asked = {
+            probe.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(): suspect
+            for node in ray.nodes()
+            for suspect in self._suspects
+            if node["Alive"] and node["NodeID"][:8] in suspect
+        }
+        for call in _answered(asked, 2 * self.grace):
+            with contextlib.suppress(RayError):  # it has just died
+                ray.get(call)
+                self._suspects.discard(asked[call])
+
     def _place(self) -> None:
         """Reserve a bundle of resources an actor, all or none, and start the actors there.
 
         What the cluster has may change meanwhile, as Ray learns of a dead node with a delay: then
         the agents are packed anew.
         """
-        deadline, there = time.monotonic() + self.timeout, None
+        deadline, there = time.monotonic() + self.timeout, set[str]()
         while True:
-            if there != (now := ray.cluster_resources()):
-                there = now
-                wanted = self._reserve(there.get("CPU", 1))
-            assert self._group is not None
             left = deadline - time.monotonic()
+            if left < self.timeout / 2 and self._suspects:  # the others are held by somebody
+                self._suspects.clear()
+                there = set()
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            if there != (now := {node["NodeID"] for node in nodes}):
+                there, wanted = now, self._reserve(nodes)
+            assert self._group is not None
             if self._group.wait(max(0.0, min(SLICE, left))):
                 break
             if left <= 0:
@@ -252,29 +284,56 @@ class RayRunner:
                 .remote()
             )
 
-    def _reserve(self, cores: float) -> Sequence[Demand]:
-        """Ask Ray for the bundles, in place of those asked for before; what they are to hold."""
+    def _reserve(self, nodes: Sequence[dict[str, Any]]) -> Sequence[Demand]:
+        """Ask Ray for the bundles, in place of those asked for before; what they are to hold.
+
+        Ray takes a minute to see that a machine is cut off, and until then would place actors
+        there: machines that lost some are left out where the others have room.
+        """
         if self._group is not None:
             remove_placement_group(self._group)
-        self.packing = pack(self.job.topology, self.job.spec.cluster, int(cores))
-        wanted = demands(self.job.topology, self.packing, cores)
+        trusted = [n for n in nodes if not any(n["NodeID"][:8] in s for s in self._suspects)]
+        if not self._fits(trusted):
+            trusted = list(nodes)
+        shunned = [node["NodeID"] for node in nodes if node not in trusted]
+        away = {"ray.io/node-id": f"!in({','.join(shunned)})"} if shunned else {}
+        self.packing, wanted = self._wanted(trusted)
         self._group = placement_group(
             # Ray refuses empty bundles: a hair of a core stands for "nothing in particular".
             [demand.resources or {"CPU": 1e-4} for demand in wanted],
             strategy=self.job.spec.cluster.placement.upper(),
-            bundle_label_selector=[demand.labels for demand in wanted],
+            bundle_label_selector=[demand.labels | away for demand in wanted],
         )
         return wanted
+
+    def _wanted(self, nodes: Sequence[dict[str, Any]]) -> tuple[Packing, Sequence[Demand]]:
+        """Who shares an actor on these machines, and what the actors ask for."""
+        cores = sum(node["Resources"].get("CPU", 0) for node in nodes)
+        packing = pack(self.job.topology, self.job.spec.cluster, int(cores))
+        return packing, demands(self.job.topology, packing, cores)
+
+    def _fits(self, nodes: Sequence[dict[str, Any]]) -> bool:
+        """Whether these machines could hold the actors, if nobody else used them."""
+        _, wanted = self._wanted(nodes)
+        return None not in assign(wanted, [_node(node) for node in nodes])
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
         self._nodes = self._all("node")
+        self._raylets = {
+            node: (there["NodeManagerAddress"], there["NodeManagerPort"])
+            for node in self._nodes
+            for there in ray.nodes()
+            if there["NodeID"][:8] in node
+        }
         first_on_node = [self._nodes.index(node) for node in dict.fromkeys(self._nodes)]
         self._ask([(rank, "prepare", (self.job.spec,)) for rank in first_on_node])
         size = len(self._actors)
         if size > 1:
-            [meeting] = self._ask([(0, "open_store", (self.timeout,))])
-            self._ask([(rank, "join", (meeting, rank, size, self.timeout)) for rank in range(size)])
+            [meeting] = self._ask([(0, "open_store", (self.patience,))])
+            self._ask(
+                [(rank, "join", (meeting, rank, size, self.patience)) for rank in range(size)]
+            )
         digests = self._ask(
             [
                 (rank, "host", (self.job.spec, self.packing[rank], self.packing, self.job.absent))
@@ -344,7 +403,7 @@ class RayRunner:
                 stack.callback(remove_placement_group, self._group)
             for actor in self._actors:
                 stack.callback(ray.kill, actor)
-            self._actors, self._nodes, self._group = [], [], None
+            self._actors, self._nodes, self._raylets, self._group = [], [], {}, None
 
     def _all(self, method: str, *arguments: object) -> list[Any]:
         return self._ask([(rank, method, arguments) for rank in range(len(self._actors))])
@@ -353,7 +412,7 @@ class RayRunner:
         """Call methods of actors at once; the answers in order, or the first error to come.
 
         Answers are taken as they come, so that an actor's failure is seen while those that wait
-        for its messages are still blocked.
+        for its messages are still blocked. Meanwhile all actors are asked whether they are alive.
         """
         pending = {
             getattr(self._actors[rank], method).remote(*arguments): rank
@@ -361,14 +420,74 @@ class RayRunner:
         }
         order = list(pending)
         answers: dict[Any, Any] = {}
+        pings: dict[Any, int] = {}
+        begin = time.monotonic() + (0.0 if self._nodes else START)
+        heard = dict.fromkeys(range(len(self._actors)), begin)
         while pending:
-            [ready], _ = ray.wait(list(pending), num_returns=1)
-            rank = pending.pop(ready)
+            self._look_at_nodes()
+            ready, _ = ray.wait(list(pending), timeout=min(SLICE, self.timeout / 8))
+            if not ready:
+                self._listen(heard, pings, pending)
+            for call in ready:
+                rank = pending.pop(call)
+                try:
+                    answers[call] = ray.get(call)
+                except RayError as error:
+                    raise self._diagnosis({rank: error}, pending) from None
+        return [answers[call] for call in order]
+
+    def _listen(
+        self, heard: dict[int, float], pings: dict[Any, int], pending: dict[Any, int]
+    ) -> None:
+        """Take the answers of actors that were asked whether they are alive, and ask again.
+
+        Args:
+            heard: per rank, when it answered last.
+            pings: questions without an answer.
+            pending: calls without an answer.
+        """
+        for ping in _answered(pings, 0.0):
+            rank = pings.pop(ping)
             try:
-                answers[ready] = ray.get(ready)
+                ray.get(ping)
             except RayError as error:
                 raise self._diagnosis({rank: error}, pending) from None
-        return [answers[call] for call in order]
+            heard[rank] = max(heard[rank], time.monotonic())
+        for rank in heard.keys() - pings.values():
+            pings[self._actors[rank].alive.remote()] = rank
+        if silent := [r for r, at in heard.items() if time.monotonic() - at > self.patience]:
+            raise self._lost({}, silent)
+
+    def _look_at_nodes(self) -> None:
+        """Whether Ray still runs on each node; Ray itself would tell only after a quarter minute.
+
+        An actor outlives the raylet of its node for a while, but nobody can look after it.
+        """
+        if time.monotonic() - self._looked < SLICE:
+            return
+        self._looked = time.monotonic()
+        for node, address in self._raylets.items():
+            try:
+                socket.create_connection(address, timeout=SLICE).close()
+            except ConnectionRefusedError:
+                ranks = [rank for rank, on in enumerate(self._nodes) if on == node]
+                how = "no Ray runs on its node any more"
+                raise self._lost(dict.fromkeys(ranks, how)) from None
+            except OSError:  # who cannot be reached is asked whether it is alive
+                continue
+
+    def _lost(self, dead: Mapping[int, str], silent: Sequence[int] = ()) -> LostError:
+        """Some actors died, how is told of each, and some did not say that they are alive."""
+        ranks = sorted({*dead, *silent})
+        self._suspects.update(self._nodes[rank] for rank in ranks if self._nodes)
+        problems = [f"{self._who(rank)} died: {how}" for rank, how in list(dead.items())[:1]]
+        if also := " and ".join(map(self._who, list(dead)[1:])):
+            problems.append(f"so did {also}")
+        if silent:
+            who = " and ".join(map(self._who, silent))
+            problems.append(f"{who} did not answer: its process is stopped, or its network is cut")
+        names = [self.job.topology.names[i] for rank in ranks for i in self.packing[rank]]
+        return LostError("; ".join(problems), names)
 
     def _diagnosis(self, failed: dict[int, RayError], pending: dict[Any, int]) -> HdnnError:
         """The cause of a failure, which the one who told of it first need not know.
@@ -376,42 +495,27 @@ class RayRunner:
         An actor that waits for one that is gone fails too. So the others are given a moment to tell
         their side, and those that say nothing are asked whether they are alive.
         """
-        told: list[Any] = []
-        if pending:
-            told, _ = ray.wait(list(pending), num_returns=len(pending), timeout=GRACE)
-        for call in told:
-            try:
-                ray.get(call)
-            except RayError as error:
-                failed[pending[call]] = error
-        pings = {actor.alive.remote(): rank for rank, actor in enumerate(self._actors)}
-        answered, silent = ray.wait(list(pings), num_returns=len(pings), timeout=GRACE)
+        silent = set(range(len(self._actors)))
+        for calls in (pending, {a.alive.remote(): rank for rank, a in enumerate(self._actors)}):
+            for call in _answered(calls, self.grace):
+                silent.discard(calls[call])
+                try:
+                    ray.get(call)
+                except RayError as error:
+                    failed.setdefault(calls[call], error)
         causes = {
             rank: error.cause for rank, error in failed.items() if isinstance(error, RayTaskError)
         }
         for cause in causes.values():
             if isinstance(cause, HdnnError) and not isinstance(cause, TransportError):
                 return cause
-        for call in answered:
-            try:
-                ray.get(call)
-            except RayError as error:
-                failed[pings[call]] = error
         dead = {  # the actor, its worker or its node
-            rank: error for rank, error in failed.items() if not isinstance(error, RayTaskError)
+            rank: _in_short(failure)
+            for rank, failure in sorted(failed.items())
+            if not isinstance(failure, RayTaskError)
         }
-        lost = [
-            *(f"{self._who(rank)} died: {_in_short(error)}" for rank, error in dead.items()),
-            *(
-                f"{self._who(pings[call])} did not answer: its process is stopped, or its network "
-                "is cut"
-                for call in silent
-            ),
-        ]
-        if lost:
-            ranks = sorted([*dead, *(pings[call] for call in silent)])
-            names = [self.job.topology.names[i] for rank in ranks for i in self.packing[rank]]
-            return LostError("; ".join(lost), names)
+        if dead or silent:
+            return self._lost(dead, sorted(silent - dead.keys()))
         for rank, failure in failed.items():
             if not isinstance(causes.get(rank), TransportError):
                 return RunError(f"{self._who(rank)} failed:\n{failure}")
@@ -424,6 +528,15 @@ class RayRunner:
         return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}{node}"
 
 
+def _answered(calls: Iterable[Any], timeout: float) -> list[Any]:
+    """Those of some calls that are answered, all of them or as many as come in time."""
+    waiting = list(calls)
+    answered: list[Any] = []
+    if waiting:
+        answered, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout)
+    return answered
+
+
 def cluster_nodes(address: str) -> list[Node]:
     """The machines of a running cluster, which is joined to ask and left again.
 
@@ -434,19 +547,17 @@ def cluster_nodes(address: str) -> list[Node]:
     if not joined:
         _start(address)
     try:
-        return [
-            Node(
-                node["NodeName"],
-                # Ray also lists its own marks, such as node:10.0.0.1, as resources.
-                {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU") or _custom(k)},
-                node["Labels"],
-            )
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
+        return [_node(node) for node in ray.nodes() if node["Alive"]]
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _node(node: dict[str, Any]) -> Node:
+    """A machine as Ray tells of it."""
+    # Ray also lists its own marks, such as node:10.0.0.1, as resources.
+    resources = {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU") or _custom(k)}
+    return Node(node["NodeName"], resources, node["Labels"])
 
 
 def _custom(resource: str) -> bool:

@@ -8,7 +8,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from threading import Event
 from typing import Any, Protocol
@@ -378,8 +379,9 @@ class Trainer:
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
             before = time.perf_counter()
-            results = self._train(step, count)
-            self._check_finite(results)
+            with _when(f"steps {step + 1} to {step + count}" if count > 1 else f"step {step + 1}"):
+                results = runner.train(count)
+                self._check_finite(results)
             seconds = time.perf_counter() - before
             training_seconds += seconds
             step, evaluation = step + count, None
@@ -387,18 +389,20 @@ class Trainer:
             self._tell("stepped", results, self._progress(step, results, seconds))
             epoch, position = divmod(step, per_epoch)
             ends, stopped = step == job.steps, self.stop.is_set()
-            if not position:
-                self._tell("differentiated", step, epoch, runner.gradient_squares().sqrt().tolist())
-                if epoch % training.eval_every == 0 or ends:
-                    evaluation = runner.evaluate()
-                    best = max(best, evaluation.accuracy)
-                    self._tell("evaluated", step, epoch, evaluation)
-            if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
-                save()
-                if stopped and not ends:
-                    raise KeyboardInterrupt
-                if not ends and self._wanted() is not job:
-                    return None
+            with _when(f"after step {step}"):
+                if not position:
+                    norms = runner.gradient_squares().sqrt().tolist()
+                    self._tell("differentiated", step, epoch, norms)
+                    if epoch % training.eval_every == 0 or ends:
+                        evaluation = runner.evaluate()
+                        best = max(best, evaluation.accuracy)
+                        self._tell("evaluated", step, epoch, evaluation)
+                if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
+                    save()
+                    if stopped and not ends:
+                        raise KeyboardInterrupt
+                    if not ends and self._wanted() is not job:
+                        return None
         if evaluation is None:  # all steps were taken, but the summary is not there
             evaluation = runner.evaluate()
             best = max(best, evaluation.accuracy)
@@ -419,13 +423,6 @@ class Trainer:
         write_json(self.run / "summary.json", asdict(summary))
         self._tell("ended", summary)
         return summary
-
-    def _train(self, step: int, count: int) -> list[StepResult]:
-        try:
-            return self.runner.train(count)
-        except LostError as error:
-            steps = f"steps {step + 1} to {step + count}" if count > 1 else f"step {step + 1}"
-            raise LostError(f"{steps}: {error}", error.agents) from None
 
     def _check_finite(self, results: Sequence[StepResult]) -> None:
         """Name the first number of some steps that is not finite: stop, or say what was skipped."""
@@ -466,6 +463,15 @@ class Trainer:
     def _tell(self, event: str, *news: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*news)
+
+
+@contextmanager
+def _when(steps: str) -> Iterator[None]:
+    """Say at which steps actors were lost."""
+    try:
+        yield
+    except LostError as error:
+        raise LostError(f"{steps}: {error}", error.agents) from None
 
 
 def state_digest(job: Job) -> str:

@@ -1,16 +1,18 @@
-"""Kill random actors, worker processes and nodes of a job, and compare it to an undisturbed one.
+"""Kill or stop random actors, processes and machines of a job; compare it to an undisturbed one.
 
-    python -m tests.chaos --kills 20 --seed 0
+    python -m tests.chaos --kills 24 --seed 0
 
-Four raylets on this machine; one line of JSON in the end.
+Four raylets on this machine; a line a loss, and one of JSON in the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import tempfile
 import threading
@@ -29,54 +31,73 @@ from hdnn_dist.errors import LostError
 from hdnn_dist.job import Job
 from hdnn_dist.trainer import Listener, Progress, Runner
 
-KINDS = ("actor", "process", "node", "stopped process")
+DEATHS = ("actor", "process", "raylet", "machine")  # a machine: a raylet and all below it at once
+STOPS = ("stopped process", "stopped machine")
+REPORT = re.compile(
+    r"(step \d+|steps \d+ to \d+|after step \d+): (the actor of agents .+ on node \S+ \(\w{8}\)) "
+    r"(died: .+|did not answer: .+)"
+)
 
 
 class Killer(Listener):
-    """Some time after each start, kills something; leaves the run alone after so many kills."""
+    """Some time after each start, kills something; leaves the run alone after so many kills.
+
+    A machine that is killed or stopped is replaced by a new one. Who was stopped stays so, while
+    the run goes on without it.
+    """
 
     def __init__(self, cluster: Cluster, kills: int, seed: int) -> None:
-        self.cluster, self.left, self.random = cluster, kills, random.Random(seed)
+        self.cluster, self.random = cluster, random.Random(seed)
+        self.plan: list[str] = []
+        while len(self.plan) < kills:
+            self.plan += self.random.sample(DEATHS + STOPS, len(DEATHS + STOPS))
+        del self.plan[kills:]
         self.nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
         self.lock = threading.Lock()  # the cluster is changed by one thread at a time
         self.timer: threading.Timer | None = None
         self.killed: Counter[str] = Counter()
         self.killed_at = 0.0
-        self.detected: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        self.back: list[float] = []
+        self.victim = ""  # who was killed, until it is told
+        self.detected: dict[str, list[float]] = {}
+        self.back: dict[str, list[float]] = {}
         self.lost_steps: list[int] = []
-        self.kind, self.reached, self.stopped = "", 0, list[int]()
+        self.misreported: list[str] = []
+        self.reached = 0
+        self.stopped: list[psutil.Process] = []
 
     def started(self, runner: Runner, step: int) -> None:
         assert isinstance(runner, RayRunner)
         if self.killed_at:
-            self.back.append(time.monotonic() - self.killed_at)
+            self.back.setdefault(self.kind, []).append(time.monotonic() - self.killed_at)
             self.lost_steps.append(self.reached - step)
-        if self.left:
-            self.left -= 1
-            self.kind, delay = self.random.choice(KINDS), self.random.uniform(0.1, 1.5)
-            self.timer = threading.Timer(delay, self.kill, (runner, self.random.randrange(3)))
+        if self.plan:
+            arguments = runner, self.plan.pop(), self.random.randrange(3)
+            self.timer = threading.Timer(self.random.uniform(0.1, 1.5), self.kill, arguments)
             self.timer.start()
 
-    def kill(self, runner: RayRunner, victim: int) -> None:
-        actor = runner._actors[victim]
-        if self.kind.endswith("process"):
-            call = actor.__ray_call__.options(concurrency_group="health")
-            pid = ray.get(call.remote(lambda _: os.getpid()))
+    def kill(self, runner: RayRunner, kind: str, rank: int) -> None:
+        actor = runner._actors[rank]
+        call = actor.__ray_call__.options(concurrency_group="health")
+        process = psutil.Process(ray.get(call.remote(lambda _: os.getpid())))
         with self.lock:
-            self.killed[self.kind] += 1
+            self.kind, self.victim = kind, runner._who(rank)
+            self.killed[kind] += 1
             self.killed_at = time.monotonic()
-            if self.kind == "actor":
+            if kind == "actor":
                 ray.kill(actor)
-            elif self.kind == "process":
-                os.kill(pid, signal.SIGKILL)
-            elif self.kind == "stopped process":
-                self.stopped.append(pid)
-                os.kill(pid, signal.SIGSTOP)
-            else:
-                node = next(n for n in self.nodes if n.node_id[:8] in runner._nodes[victim])
+                return
+            number = signal.SIGSTOP if kind in STOPS else signal.SIGKILL
+            processes = [process]
+            if not kind.endswith("process"):
+                node = next(n for n in self.nodes if n.node_id[:8] in runner._nodes[rank])
                 self.nodes.remove(node)
-                self.cluster.remove_node(node, allow_graceful=False)
+                [raylet] = node.all_processes["raylet"]
+                top = psutil.Process(raylet.process.pid)
+                processes = [top] if kind == "raylet" else [top, *top.children(recursive=True)]
+            for each in processes:
+                each.send_signal(number)
+            if number == signal.SIGSTOP:
+                self.stopped += processes
 
     def stepped(self, results: object, progress: Progress) -> None:
         self.reached = progress.step
@@ -84,22 +105,31 @@ class Killer(Listener):
             self.timer.join()  # the run is not to end before its last kill
 
     def lost(self, cause: LostError, restart: int) -> None:
+        seconds = time.monotonic() - self.killed_at
         if self.timer is not None:
-            self.timer.cancel()
             self.timer.join()
         with self.lock:
-            self.detected[self.kind].append(time.monotonic() - self.killed_at)
+            told = REPORT.fullmatch(str(cause))
+            if told is None or self.victim not in told[2]:
+                self.misreported.append(str(cause))
+            self.detected.setdefault(self.kind, []).append(seconds)
             while len(self.nodes) < 3:  # only the main thread may start one
                 self.nodes.append(self.cluster.add_node(num_cpus=1))
-        print(f"{restart}, {self.kind}: {cause}", flush=True)
+        print(f"{restart}, {self.kind}, {seconds:.1f} s: {cause}", flush=True)
+        self.victim = ""
+
+
+def spans(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """The least and the most."""
+    return {kind: (round(min(s), 1), round(max(s), 1)) for kind, s in seconds.items()}
 
 
 def main() -> None:
     """Run, compare and print."""
     parser = argparse.ArgumentParser(description="kill parts of a job at random")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=60)
     o = parser.parse_args()
     job = Job.load(
         None,
@@ -120,7 +150,9 @@ def main() -> None:
         seconds = time.monotonic() - start
         ray.shutdown()
         cluster.shutdown()
-        left_over = [pid for pid in killer.stopped if psutil.pid_exists(pid)]
+        for process in killer.stopped:  # what is stopped heeds SIGKILL alone
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         quiet = hdnn_dist.train(job, run=Path(folder) / "quiet", local=True)
         weights = [hdnn_dist.load(summary.run).state_dict() for summary in (disturbed, quiet)]
     equal = all(torch.equal(weights[0][name], w) for name, w in weights[1].items())
@@ -132,11 +164,9 @@ def main() -> None:
                 "equal": equal and disturbed.test_loss == quiet.test_loss,
                 "most steps lost": max(killer.lost_steps, default=0),
                 "steps a checkpoint": job.steps_per_epoch,
-                "seconds to detection, most": {
-                    kind: round(max(times), 1) for kind, times in killer.detected.items() if times
-                },
-                "seconds until it trains again, most": round(max(killer.back, default=0), 1),
-                "stopped processes left over": len(left_over),
+                "seconds to detection": spans(killer.detected),
+                "seconds until it trains again": spans(killer.back),
+                "misreported": killer.misreported,
                 "seconds": round(seconds),
             }
         )
