@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import operator
 import os
 import re
@@ -18,8 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
 import ray
@@ -60,6 +63,9 @@ SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is sti
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
 START = 60.0  # seconds that a process is given to start, torch and all, before it is taken for lost
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
+TLS = "GLOO_DEVICE_TRANSPORT"  # the start of the names of gloo's own settings
+
+log = logging.getLogger("hdnn_dist")
 
 
 class AgentActor:
@@ -99,9 +105,20 @@ class AgentActor:
         limit = datetime.timedelta(seconds=timeout)
         if "GLOO_SOCKET_IFNAME" not in os.environ:
             os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
-        os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to neighbours alone, not to everybody
+        # Connect to neighbours alone, not to everybody; gloo's TLS cannot do that.
+        os.environ["TORCH_GLOO_LAZY_INIT"] = "0" if os.environ.get(TLS) == "TCP_TLS" else "1"
         store = self._store if rank == 0 else dist.TCPStore(*meeting, timeout=limit)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        try:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        except RuntimeError as error:
+            if "unsupported gloo device" not in str(error):
+                raise
+            raise PlacementError(
+                f"{TLS}={os.environ.get(TLS)}, but the torch {torch.__version__} of "
+                f"{socket.gethostname()} is built without that transport",
+                f"unset {TLS} and encrypt the links with WireGuard (deploy/wireguard), or install "
+                "a torch whose gloo was built with TLS",
+            ) from None
 
     def leave(self) -> None:
         """Leave the group."""
@@ -570,6 +587,7 @@ def _start(address: str | None) -> None:
     # A cluster's workers do not see the driver's environment.
     folder = os.environ.get("HDNN_DATA")
     variables = {"HDNN_DATA": os.path.abspath(os.path.expanduser(folder))} if folder else {}
+    variables |= {name: value for name, value in os.environ.items() if name.startswith(TLS)}
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
@@ -583,14 +601,81 @@ def _start(address: str | None) -> None:
         host, _, port = address.partition(":")
         if port.isdecimal():  # ray itself tries for minutes
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
+            _authenticate(address)
         with _interrupt_held():
             ray.init(address=address, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+    except PlacementError:
+        raise
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         raise PlacementError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
-            "start one with `ray start --head`; set RAY_AUTH_MODE=token if it asks for a token; or "
+            "start one with `ray start --head`; see deploy/README.md if it asks for a token; or "
             "leave --address out to run on this machine",
         ) from None
+
+
+def _authenticate(address: str) -> None:
+    """Have Ray show its token to a cluster that asks for one, and to no other.
+
+    Ray itself does so only for a cluster that it finds or starts on this machine; given the address
+    of one, a wrong guess ends in half a minute of retries, or in actors that die unseen.
+
+    Raises:
+        PlacementError: the cluster asks for a token and does not get its own, or for none and
+            would get one.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode not in ("", "token", "disabled") or (open_to_all := _admits(address)) is None:
+        return
+    if open_to_all:
+        if mode == "token":
+            raise PlacementError(
+                f"the Ray cluster at {address!r} asks for no token, but RAY_AUTH_MODE is token",
+                "set RAY_AUTH_MODE=disabled to join it, or have it ask for one (deploy/README.md)",
+            )
+        log.warning(
+            "the Ray cluster at %s asks for no token: who can reach it can run code there; "
+            "see deploy/README.md",
+            address,
+        )
+        return
+    asks = f"the Ray cluster at {address!r} asks for a token"
+    if mode == "disabled":
+        raise PlacementError(f"{asks}, but RAY_AUTH_MODE is disabled", "leave RAY_AUTH_MODE unset")
+    place, token = _token()
+    if not token:
+        raise PlacementError(
+            f"{asks}, and there is none in {place}",
+            "put there what `ray get-auth-token` prints on the cluster's head",
+        )
+    if not _admits(address, token):
+        raise PlacementError(
+            f"{asks}, and refuses that of {place}",
+            "put there what `ray get-auth-token` prints on the cluster's head",
+        )
+    os.environ["RAY_AUTH_MODE"] = "token"
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")  # Ray read its environment when it was imported
+
+
+def _token() -> tuple[str, str]:
+    """Where Ray looks for its token on this machine, and what is there."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return "$RAY_AUTH_TOKEN", token.strip()
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    return str(file), file.read_text().strip() if file.is_file() else ""
+
+
+def _admits(address: str, token: str | None = None) -> bool | None:
+    """Whether a Ray cluster lets in who shows this token, or none; None if it cannot be told."""
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        shown = [("authorization", f"Bearer {token}")] if token else None
+        try:
+            ask(b"", timeout=CONNECT_TIMEOUT, metadata=shown)
+        except grpc.RpcError as error:
+            return False if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
+    return True
 
 
 @contextlib.contextmanager

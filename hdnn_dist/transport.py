@@ -8,11 +8,11 @@ not the planned one, in sender, round, shape or dtype, is an error that names it
 
 from __future__ import annotations
 
+import math
 import secrets
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -201,17 +201,18 @@ class PointToPoint(InProcess):
         arrived = {link: mail[link] for link in route.local}
         if not route.peers:
             return arrived
-        frames: dict[int, Tensor] = {}
+        outbound, inbound = route.frames(columns, self.dtype)
         pending: list[tuple[int, dist.Work | None]] = []
         try:
-            for rank, messages in route.receives.items():
+            for rank, frame in inbound.items():
                 peer = rank
-                frames[peer] = self._room(messages, columns)
-                pending.append((peer, dist.irecv(frames[peer], peer)))
-            for rank, messages in route.sends.items():
+                frame.view[frame.stop : frame.stop + 2 * STAMP] = self._untouched
+                pending.append((peer, dist.irecv(frame.bytes, peer)))
+            for rank, frame in outbound.items():
                 peer = rank
-                frame = self._sealed(phase, messages, columns, mail)
-                pending.append((peer, dist.isend(frame, peer)))
+                torch.cat([mail[m.source, m.target] for m in frame.messages], out=frame.numbers)
+                frame.view[:STAMP] = frame.view[frame.stop :] = self._stamp(frame)
+                pending.append((peer, dist.isend(frame.bytes, peer)))
             for rank, work in pending:
                 peer = rank
                 if work is not None:
@@ -221,88 +222,76 @@ class PointToPoint(InProcess):
                 f"round {phase.name}: the process of agent(s) {self._hosted(peer)} did not answer: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-        for peer, messages in route.receives.items():
-            parts = self._opened(phase, messages, columns, frames[peer], peer)
-            arrived.update(zip(((m.source, m.target) for m in messages), parts, strict=True))
+        for peer, frame in inbound.items():
+            self._open(frame, phase, peer)
+            parts = frame.numbers.clone().split([m.rows for m in frame.messages])
+            arrived.update(zip(((m.source, m.target) for m in frame.messages), parts, strict=True))
         return arrived
 
-    def _stamp(self, phase: Round, messages: _Bundle, columns: int) -> bytes:
-        shape = _described((messages.rows, columns), self.dtype)
-        text = f"{self.job} {self._rounds} {phase.name} {shape} {messages.digest:08x}"
-        return text.encode().ljust(STAMP)[:STAMP]
+    def _stamp(self, frame: _Frame) -> bytes:
+        return f"{self.job} {self._rounds} {frame.label}".encode().ljust(STAMP)[:STAMP]
 
-    def _stop(self, messages: _Bundle, columns: int) -> int:
-        """Where the numbers end in a frame."""
-        return STAMP + messages.rows * columns * self.dtype.itemsize
-
-    def _sealed(self, phase: Round, messages: _Bundle, columns: int, mail: Mail) -> Tensor:
-        """The frame that takes messages to a peer."""
-        stop = self._stop(messages, columns)
-        frame = torch.empty(stop + STAMP, dtype=torch.uint8)
-        numbers = frame[STAMP:stop].view(self.dtype).view(messages.rows, columns)
-        torch.cat([mail[m.source, m.target] for m in messages], out=numbers)
-        view = frame.numpy().data
-        view[:STAMP] = view[stop:] = self._stamp(phase, messages, columns)
-        return frame
-
-    def _room(self, messages: _Bundle, columns: int) -> Tensor:
-        """A frame to receive in, marked where a peer must write and where it must not."""
-        stop = self._stop(messages, columns)
-        frame = torch.empty(stop + STAMP + SPARE, dtype=torch.uint8)
-        frame.numpy().data[stop : stop + 2 * STAMP] = self._untouched
-        return frame
-
-    def _opened(
-        self, phase: Round, messages: _Bundle, columns: int, frame: Tensor, peer: int
-    ) -> Iterable[Tensor]:
-        """The messages in a frame, if they are those that were planned."""
-        stop = self._stop(messages, columns)
-        planned, view = self._stamp(phase, messages, columns), frame.numpy().data
-        stamp, end = bytes(view[:STAMP]), bytes(view[stop : stop + 2 * STAMP])
-        if stamp != planned or end != planned + self._untouched[STAMP:]:
-            text = stamp.decode("ascii", "replace").rstrip()
-            sent = repr(text) if text.isprintable() else "something that is no message"
-            if stamp == planned:
-                sent += " with fewer or more numbers than it says"
-            raise AgreementError(
-                f"round {phase.name}: the process of agent(s) {self._hosted(peer)} sent {sent}, "
-                f"where {planned.decode().rstrip()!r} is planned (job, number of the round, round, "
-                "shape, dtype, agents)"
-            )
-        numbers = frame[STAMP:stop].view(self.dtype).view(messages.rows, columns)
-        parts: Iterable[Tensor] = numbers.split([m.rows for m in messages])
-        return parts
+    def _open(self, frame: _Frame, phase: Round, peer: int) -> None:
+        """Refuse what came in a frame unless it is what was planned."""
+        stop, planned = frame.stop, self._stamp(frame)
+        stamp, end = bytes(frame.view[:STAMP]), bytes(frame.view[stop : stop + 2 * STAMP])
+        if stamp == planned and end == planned + self._untouched[STAMP:]:
+            return
+        text = stamp.decode("ascii", "replace").rstrip()
+        sent = repr(text) if text.isprintable() else "something that is no message"
+        if stamp == planned:
+            sent += " with fewer or more numbers than it says"
+        raise AgreementError(
+            f"round {phase.name}: the process of agent(s) {self._hosted(peer)} sent {sent}, where "
+            f"{planned.decode().rstrip()!r} is planned (job, number of the round, round, shape, "
+            "dtype, agents)"
+        )
 
     def _hosted(self, peer: int) -> str:
         return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
 
 
-class _Bundle(tuple[Message, ...]):
-    """What one process has for another in a round."""
+class _Frame:
+    """Memory for the messages of a round from one process to another (see `PointToPoint`)."""
 
-    @cached_property
-    def rows(self) -> int:
-        return sum(m.rows for m in self)
-
-    @cached_property
-    def digest(self) -> int:
-        return zlib.crc32(repr([(m.source, m.target, m.rows) for m in self]).encode())
+    def __init__(
+        self, name: str, messages: Sequence[Message], columns: int, dtype: torch.dtype, spare: int
+    ) -> None:
+        self.messages = messages
+        shape = sum(m.rows for m in messages), columns
+        agents = zlib.crc32(repr([(m.source, m.target, m.rows) for m in messages]).encode())
+        self.label = f"{name} {_described(shape, dtype)} {agents:08x}"
+        self.stop = STAMP + math.prod(shape) * dtype.itemsize
+        self.bytes = torch.empty(self.stop + STAMP + spare, dtype=torch.uint8)
+        self.numbers = self.bytes[STAMP : self.stop].view(dtype).view(shape)
+        self.view = self.bytes.numpy().data
 
 
 class _Route:
     """A round as seen from one rank: what stays, what goes to which peer, what comes from it."""
 
     def __init__(self, phase: Round, host: tuple[int, ...], rank: int) -> None:
+        self.name = phase.name
         self.planned = [m for m in phase.messages if host[m.source] == rank]
         self.local = [(m.source, m.target) for m in self.planned if host[m.target] == rank]
-        sends: dict[int, list[Message]] = {}
-        receives: dict[int, list[Message]] = {}
+        self.sends: dict[int, list[Message]] = {}
+        self.receives: dict[int, list[Message]] = {}
         for m in phase.messages:
             here, there = host[m.source], host[m.target]
             if here == rank != there:
-                sends.setdefault(there, []).append(m)
+                self.sends.setdefault(there, []).append(m)
             elif there == rank != here:
-                receives.setdefault(here, []).append(m)
-        self.sends = {peer: _Bundle(messages) for peer, messages in sends.items()}
-        self.receives = {peer: _Bundle(messages) for peer, messages in receives.items()}
+                self.receives.setdefault(here, []).append(m)
         self.peers = self.sends.keys() | self.receives.keys()
+        self._frames: dict[int, tuple[dict[int, _Frame], dict[int, _Frame]]] = {}
+
+    def frames(
+        self, columns: int, dtype: torch.dtype
+    ) -> tuple[dict[int, _Frame], dict[int, _Frame]]:
+        """By peer, the memory to send from and to receive in, the same every time."""
+        if columns not in self._frames:
+            self._frames[columns] = (
+                {r: _Frame(self.name, m, columns, dtype, 0) for r, m in self.sends.items()},
+                {r: _Frame(self.name, m, columns, dtype, SPARE) for r, m in self.receives.items()},
+            )
+        return self._frames[columns]

@@ -18,7 +18,7 @@ from hdnn_dist.errors import AgreementError
 from hdnn_dist.exchange import Message, Round
 from hdnn_dist.node import Exchange
 from hdnn_dist.sparsity import BlockPattern
-from hdnn_dist.transport import SPARE, STAMP, InProcess, PointToPoint, _Bundle, drive
+from hdnn_dist.transport import SPARE, STAMP, InProcess, PointToPoint, _Frame, drive
 
 phase = Round("states", (Message(0, 1, 2),))
 links = BlockPattern.of(3, [(0, 0), (1, 0), (1, 1), (2, 2)])  # 1 may hear from 0, not 0 from 1
@@ -103,10 +103,12 @@ def send(frame: Tensor) -> None:
 
 def frame() -> Tensor:
     """What the plan has ann send to ben, stamps and all."""
+    planned = _Frame("states", phase.messages, 3, torch.float32, 0)
+    planned.numbers.copy_(MAIL[0, 1])
     sender = transport()
     sender._rounds = 1
-    bundle = _Bundle(phase.messages)
-    return sender._sealed(phase, bundle, 3, MAIL)
+    planned.view[:STAMP] = planned.view[planned.stop :] = sender._stamp(planned)
+    return planned.bytes
 
 
 def out_of_step() -> None:

@@ -1,0 +1,242 @@
+"""Raw inputs, labels, weights, gradients and optimiser states never leave their agent.
+
+They are made recognisable, and everything that a run sends is searched for them, bit by bit.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hdnn_dist.cluster import AgentActor, RayRunner
+from hdnn_dist.data import epoch_order
+from hdnn_dist.exchange import Round
+from hdnn_dist.job import Job
+from hdnn_dist.trainer import LocalRunner
+from hdnn_dist.transport import InProcess, Mail
+from hdnn_dist.worker import Worker
+from tests.strategies import in_process
+
+# Workers cannot import a test module: its classes travel whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+Secrets = dict[str, list[np.ndarray]]
+KINDS = ("inputs", "labels", "weights", "optimizer", "gradients")
+DTYPES = ["float64", "float32"]
+
+
+def a_job(dtype: str, encoder: str = "linear") -> Job:
+    return Job.load(
+        None,
+        [
+            *("topology.agents=4", "topology.edges.args.n=4", "topology.d=16", "model.layers=2"),
+            *("training.batch_size=32", "training.clip_norm=1.0", f"training.dtype={dtype}"),
+            *(f"model.encoder={encoder}", "cluster.timeout=30", "cluster.agents_per_actor=1"),
+        ],
+    )
+
+
+def plant(worker: Worker) -> None:
+    """Give every feature one number for all samples, so that its copies are sent side by side."""
+    for i, agent in worker.agents.items():
+        random = torch.Generator().manual_seed(1000 + i)
+        for part in "train", "test":
+            x = agent.features(part)
+            x.copy_(torch.rand(x.shape[1], generator=random, dtype=torch.float64).expand_as(x))
+
+
+def secrets(worker: Worker) -> Secrets:
+    """What must not leave the agents here, as it is now."""
+    job = worker.job
+    found: Secrets = {kind: [] for kind in KINDS}
+    order = epoch_order(job.spec.training.seed, 0, job.data.train)
+    for agent in worker.agents.values():
+        found["inputs"] += [agent.features(part)[:8].numpy() for part in ("train", "test")]
+        found["gradients"] += [g.numpy() for g in agent.node.gradients.values()]
+        for name, value in agent.state().items():
+            if value.dim():  # a counter is no secret
+                found[name.split("/")[0]].append(value.numpy())
+        if agent.is_root:
+            labels = agent.labels("train").numpy()
+            found["labels"] += [labels, labels[order], agent.labels("test").numpy()]
+    return {kind: [np.array(array) for array in arrays] for kind, arrays in found.items()}
+
+
+def together(moments: Sequence[Secrets]) -> Secrets:
+    return {kind: [array for moment in moments for array in moment[kind]] for kind in KINDS}
+
+
+def leaks(kind: str, arrays: Sequence[np.ndarray], sent: Iterable[bytes]) -> int:
+    """How many pieces of secrets were sent.
+
+    A piece is one number of 64 bits, or four of 32 bits in a row along any axis: that one of some
+    10⁵ pieces is among some 10⁶ numbers sent by chance has odds below 10⁻⁴, and the seeds are
+    fixed. Labels are few, so that a piece is 16 in a row; they are searched for in every type.
+    """
+    stream = b"".join(blob + bytes(-len(blob) % 8) for blob in sent)
+    if kind == "labels":
+        types = (np.uint8, np.int32, np.int64, np.float32, np.float64)
+        return sum(hits(a.astype(t), stream, 16) for a in arrays for t in types)
+    return sum(hits(a, stream, 1 if a.itemsize == 8 else 4) for a in arrays)
+
+
+def hits(array: np.ndarray, stream: bytes, length: int) -> int:
+    bits = np.dtype(f"u{array.itemsize}")
+    mine = []
+    for axis in range(array.ndim):
+        rows = np.ascontiguousarray(np.moveaxis(array, axis, -1))
+        # Zeros and ones alone say nothing: X is the identity, and much is zero at first.
+        told = np.lib.stride_tricks.sliding_window_view(
+            ~np.isin(rows, (0, 1)), min(length, rows.shape[-1]), -1
+        ).any(-1)
+        if rows.shape[-1] >= length:
+            mine.append(pieces(rows.view(bits), length)[told])
+    theirs = pieces(np.frombuffer(stream, bits), length)
+    return int(np.isin(theirs, np.concatenate(mine)).sum()) if mine else 0
+
+
+def pieces(rows: np.ndarray, length: int) -> np.ndarray:
+    """A number of 64 bits for each run of some length: the same for the same run."""
+    factors = np.random.default_rng(0).integers(0, 2**63, length, np.uint64) * np.uint64(2) + 1
+    runs = np.lib.stride_tricks.sliding_window_view(rows, length, -1)
+    total = np.zeros(runs.shape[:-1], np.uint64)
+    for k, factor in enumerate(factors):
+        total += runs[..., k].astype(np.uint64) * factor
+    return total
+
+
+class Recorder(InProcess):
+    """Keeps a copy of all that is sent."""
+
+    def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
+        self.heard.extend(tensor.numpy().tobytes() for tensor in mail.values())
+        return super().exchange(phase, mail, batch)
+
+    heard: list[bytes]
+
+
+@cache
+def listen_in(encoder: str, dtype: str) -> tuple[Secrets, list[bytes]]:
+    """A run in one process: its secrets before and after each step, and all that it sent."""
+    job = a_job(dtype, encoder)
+    worker = LocalRunner(job).worker
+    recorder = worker.transport = in_process(job, Recorder)
+    recorder.heard = []
+    plant(worker)
+    known = [secrets(worker)]
+    for _ in range(2):
+        worker.train(1)
+        known.append(secrets(worker))
+    worker.evaluate()
+    return together(known), recorder.heard
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_secret_is_in_what_agents_send(dtype: str) -> None:
+    known, sent = listen_in("linear", dtype)
+    assert sum(map(len, sent)) > 10**5
+    for kind in KINDS:
+        assert leaks(kind, known[kind], sent) == 0, kind
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_secret_that_is_sent_is_found(kind: str, dtype: str) -> None:
+    """Be it a single array among all messages, as it lies or transposed."""
+    known, sent = listen_in("linear", dtype)
+    array = next(a for a in reversed(known[kind]) if (a != 0).any() and max(a.shape) >= 4)
+    for leak in array, array.T:
+        assert leaks(kind, known[kind], [*sent, leak.tobytes()]) > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_encoder_pad_sends_raw_inputs_and_nothing_else(dtype: str) -> None:
+    """SECURITY.md says so; and the search is one that can find."""
+    known, sent = listen_in("pad", dtype)
+    assert leaks("inputs", known["inputs"], sent) > 1000
+    for kind in KINDS[1:]:
+        assert leaks(kind, known[kind], sent) == 0, kind
+
+
+class Spy(AgentActor):
+    """An actor that keeps a copy of all that it gives to torch.distributed."""
+
+    def plant(self) -> None:
+        self.heard: list[bytes] = []
+        plant(self.worker)
+        for name in "isend", "send", "broadcast", "all_reduce", "reduce", "all_gather":
+            setattr(dist, name, self.recorded(getattr(dist, name)))
+
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def listening(*arguments: Any, **named: Any) -> Any:
+            tensors = [a for a in (*arguments, *named.values()) if isinstance(a, Tensor)]
+            self.heard += [tensor.numpy().tobytes() for tensor in tensors]
+            return function(*arguments, **named)
+
+        return listening
+
+    def secrets(self) -> Secrets:
+        return secrets(self.worker)
+
+    def recording(self) -> list[bytes]:
+        return self.heard
+
+
+class Listening(RayRunner):
+    """Keeps what actors answer, as it travels through Ray."""
+
+    answers: list[bytes]
+
+    def _ask(self, calls: Sequence[tuple[int, str, tuple[Any, ...]]]) -> list[Any]:
+        answers = super()._ask(calls)
+        self.answers = [*getattr(self, "answers", []), pickle.dumps(answers)]
+        return answers
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(("encoder", "dtype"), [("linear", "float64"), ("pad", "float32")])
+def test_no_secret_is_in_what_actors_send_or_answer(
+    encoder: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hdnn_dist.cluster.AgentActor", Spy)
+    runner = Listening(a_job(dtype, encoder))
+
+    def asked(method: str) -> list[Any]:  # by the test, not by the run
+        return ray.get([getattr(actor, method).remote() for actor in runner._actors])
+
+    try:
+        asked("plant")
+        moments = asked("secrets")
+        for _ in range(2):
+            runner.train(1)
+            moments += asked("secrets")
+        runner.evaluate()
+        runner.faults()
+        runner.sent()
+        runner.gradient_squares()
+        runner.save(tmp_path)
+        sent = [blob for heard in asked("recording") for blob in heard]
+    finally:
+        runner.close()
+    assert sum(map(len, sent)) > 10**5
+    # In a pickle numbers lie anywhere.
+    answers = [blob[k:] for blob in runner.answers for k in range(8)]
+    for kind, arrays in together(moments).items():
+        assert arrays, kind
+        raw = encoder == "pad" and kind == "inputs"
+        assert (leaks(kind, arrays, sent) > 0) == raw, kind
+        assert leaks(kind, arrays, answers) == 0, kind
+        betrayed = pickle.dumps(arrays)
+        assert leaks(kind, arrays, [betrayed[k:] for k in range(8)]) > 0, kind
