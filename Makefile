@@ -3,13 +3,16 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test chaos lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/hdnn-dist train
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m chaos
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -712,6 +712,8 @@ def _shortage(wanted: Sequence[Demand], waited: float) -> str:
         for key, amount in total.items()
         if amount > there.get(key, 0)
     ]
+    if not there.get("CPU"):
+        lacking.append("no machine with a core")
     labels = {f"{k}={v}" for demand in wanted for k, v in demand.labels.items()}
     if labels:
         lacking.append(f"nodes labelled {', '.join(sorted(labels))}")
