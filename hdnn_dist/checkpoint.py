@@ -18,6 +18,7 @@ leaves the ones before it as they were. No pickle is written or read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -28,16 +29,20 @@ import shutil
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from hdnn_dist.errors import CheckpointError, DamagedError
+from hdnn_dist.files import read_bytes
+from hdnn_dist.spec import AgentName
 
 FORMAT = 1
+MAX_MANIFEST = 64 << 20  # bytes; it has some 150 for each agent
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 log = logging.getLogger("hdnn_dist")
 
 
@@ -53,10 +58,10 @@ class Totals(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    seconds: float = 0.0
-    training_seconds: float = 0.0
-    bytes_sent: int = 0
-    best_test_accuracy: float = 0.0
+    seconds: Amount = 0.0
+    training_seconds: Amount = 0.0
+    bytes_sent: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    best_test_accuracy: Amount = 0.0
 
 
 class Manifest(BaseModel):
@@ -74,9 +79,9 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: int = FORMAT
-    step: int
+    step: NonNegativeInt
     state: str
-    files: dict[str, str]
+    files: dict[AgentName, str]
     totals: Totals
     accuracy: float | None = None
 
@@ -117,7 +122,7 @@ def load_agent(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]
 def _read_agent(folder: Path, name: str, manifest: Manifest) -> bytes:
     file = agent_file(folder, name)
     try:
-        content = file.read_bytes()
+        content = _regular(file).read_bytes()
     except OSError as error:
         raise DamagedError(
             f"{file}: cannot be read ({error.strerror})", "restore it or use an older checkpoint"
@@ -128,6 +133,30 @@ def _read_agent(folder: Path, name: str, manifest: Manifest) -> bytes:
             "restore it or remove this checkpoint's folder to use the one before",
         )
     return content
+
+
+def _regular(file: Path) -> Path:
+    """A file that may have come with others' in an archive: devices and pipes have no end."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return file
+
+
+def check_tensors(name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """The weights that a checkpoint holds for an agent are of the names, shapes and types expected.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    for key, weight in expected.items():
+        value = found.get(f"weights/{key}")
+        if value is None or value.shape != weight.shape or value.dtype != weight.dtype:
+            got = "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
+            raise CheckpointError(
+                f"agent {name!r}: {key} is {tuple(weight.shape)} of {weight.dtype} in "
+                f"the spec, but the checkpoint holds {got}",
+                "resume with the spec of the run",
+            )
 
 
 def write_checkpoint(
@@ -254,7 +283,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / "manifest.json"
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        manifest = Manifest.model_validate_json(read_bytes(_regular(file), MAX_MANIFEST))
     except (OSError, ValidationError):
         raise DamagedError(
             f"{file}: missing or damaged", "remove this checkpoint's folder to use the one before"

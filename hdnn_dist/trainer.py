@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from hdnn_dist.agent import Evaluation, Fault, StepResult
@@ -33,11 +34,13 @@ from hdnn_dist.checkpoint import (
 )
 from hdnn_dist.data import Part
 from hdnn_dist.errors import CheckpointError, LostError, RunError
+from hdnn_dist.files import read_bytes
 from hdnn_dist.job import Job
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
 
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
+MAX_SUMMARY = 1 << 20  # bytes
 
 
 class Runner(Protocol):
@@ -468,9 +471,11 @@ def check_belongs(job: Job, run: Path, folder: Path, manifest: Manifest) -> None
 def read_summary(run: Path, steps: int) -> Summary | None:
     """The summary of a run that ended after so many steps; None if there is none."""
     try:
-        content = json.loads((run / "summary.json").read_bytes())
+        content = json.loads(read_bytes(run / "summary.json", MAX_SUMMARY))
         values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
-        found = Summary(**values)
-    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
+        found = TypeAdapter(Summary).validate_python(values)
+    except (OSError, ValueError, RecursionError, AttributeError):  # missing or damaged
         return None
-    return replace(found, run=str(run)) if found.steps == steps else None  # it may have moved
+    if found.steps != steps or not math.isfinite(found.seconds) or found.bytes_sent >= 2**63:
+        return None
+    return replace(found, run=str(run))  # it may have moved
