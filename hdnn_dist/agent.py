@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hdnn_dist.analysis import Sums
 from hdnn_dist.architecture import Architecture
+from hdnn_dist.checkpoint import check_tensors
 from hdnn_dist.data import (
     Part,
     background,
@@ -26,7 +27,7 @@ from hdnn_dist.errors import CheckpointError
 from hdnn_dist.family import roughness_gradient
 from hdnn_dist.job import Job
 from hdnn_dist.node import AgentNode, Exchange
-from hdnn_dist.optimization import build_optimizer, learning_rate
+from hdnn_dist.optimization import build_optimizer, fits, learning_rate
 
 
 @dataclass(frozen=True)
@@ -329,23 +330,24 @@ class Agent:
             tensors = {
                 key: self._carried_over(key, value, writer) for key, value in tensors.items()
             }
-        for name, weight in self.weights.items():
-            value = tensors.get(f"weights/{name}")
-            if value is None or value.shape != weight.shape or value.dtype != weight.dtype:
-                got = "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
-                raise CheckpointError(
-                    f"agent {self.name!r}: {name} is {tuple(weight.shape)} of {weight.dtype} in "
-                    f"the spec, but the checkpoint holds {got}",
-                    "resume with the spec of the run",
-                )
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(tensors[f"weights/{name}"])
+        check_tensors(self.name, self.weights, tensors)
+        states = {}
         for name, weight in self.weights.items():
             prefix = f"optimizer/{name}/"
             state = {
                 k[len(prefix) :]: v.clone() for k, v in tensors.items() if k.startswith(prefix)
             }
+            if not fits(state, weight, self.job.spec.training.optimizer):
+                raise CheckpointError(
+                    f"agent {self.name!r}: what the checkpoint holds as the optimiser's state of "
+                    f"{name} is none of {self.job.spec.training.optimizer.name}",
+                    "resume with the spec of the run",
+                )
+            states[weight] = state
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[f"weights/{name}"])
+        for weight, state in states.items():
             if state:
                 self.optimizer.state[weight] = state
             else:

@@ -18,7 +18,15 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from hdnn_dist.checkpoint import Manifest, from_latest, latest_checkpoint, load_agent
+import psutil
+
+from hdnn_dist.checkpoint import (
+    Manifest,
+    check_tensors,
+    from_latest,
+    latest_checkpoint,
+    load_agent,
+)
 from hdnn_dist.data import ensure_available
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
@@ -40,6 +48,7 @@ from hdnn_dist.trainer import (
     Runner,
     Summary,
     Trainer,
+    check_belongs,
     restore,
 )
 
@@ -58,7 +67,7 @@ def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runn
     Raises:
         DataError: the data set cannot be had.
         PlacementError: the cluster is not there, or cannot hold the job.
-        UserError: both `local` and `address` are given.
+        UserError: both `local` and `address` are given, or this machine has too little memory.
     """
     if local and address is not None:
         raise UserError(
@@ -66,6 +75,13 @@ def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runn
         )
     ensure_available(job.spec.data, progress=sys.stderr.isatty())
     if local:
+        needed = 4 * job.parameters * job.dtype.itemsize  # weights, gradients, optimiser
+        if needed > (memory := psutil.virtual_memory().total):
+            raise UserError(
+                f"to train {job.parameters} numbers takes {needed >> 20} MiB, but this machine "
+                f"has {memory >> 20} MiB of memory",
+                "lower topology.d or model.layers, or spread the agents over machines",
+            )
         return LocalRunner(job)
     from hdnn_dist.cluster import RayRunner  # Ray is needed by none who stays local
 
@@ -183,15 +199,14 @@ def load(run: Where) -> HDNN:
     whole = reopen(run)
 
     def model(folder: Place, manifest: Manifest) -> HDNN:
+        check_belongs(whole, run, folder, manifest)
         job = whole.without(set(whole.names) - manifest.files.keys())
-        parts = {
-            i: {
-                key.removeprefix("weights/"): value
-                for key, value in load_agent(folder, name, manifest).items()
-                if key.startswith("weights/")
-            }
-            for i, name in enumerate(job.topology.names)
-        }
+        parts = {}
+        for i, name in enumerate(job.topology.names):
+            expected = job.architecture.initial(i, job.dtype)
+            tensors = load_agent(folder, name, manifest)
+            check_tensors(name, expected, tensors)
+            parts[i] = {key: tensors[f"weights/{key}"] for key in expected}
         model = HDNN(job.architecture, job.dtype)
         model.load_state_dict(job.architecture.assemble(parts))
         return model

@@ -286,7 +286,9 @@ class Architecture:
     def count(self, i: int) -> int:
         """How many numbers agent `i` trains."""
         d, C, rows = self.patterns.sizes[i], self.classes, self.sizes[i]
-        entries = int(self.mask(i).expand(-1, rows, -1).sum())
+        entries = sum(sum(self.sizes[l] for l in T.rows[i]) for T in self.patterns.T) * rows
+        if self.member.upper:  # the own block is so too
+            entries -= self.patterns.layers * rows * (rows + 1) // 2
         total = len(self.member.matrices) * entries
         total += len(self.member.vectors) * self.patterns.layers * rows
         if self.encoder == "linear":

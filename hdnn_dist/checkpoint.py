@@ -28,19 +28,21 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from hdnn_dist.errors import CheckpointError, DamagedError
-from hdnn_dist.storage import Place, kind, move, names, read, remove, write
+from hdnn_dist.spec import AgentName
+from hdnn_dist.storage import MAX_TEXT, Place, kind, move, names, read, remove, write
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NAMES = TypeAdapter(list[str])
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_NAMES = TypeAdapter(list[AgentName])
 log = logging.getLogger("hdnn_dist")
 
 
@@ -56,10 +58,10 @@ class Totals(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    seconds: float = 0.0
-    training_seconds: float = 0.0
-    bytes_sent: int = 0
-    best_test_accuracy: float = 0.0
+    seconds: Amount = 0.0
+    training_seconds: Amount = 0.0
+    bytes_sent: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    best_test_accuracy: Amount = 0.0
 
 
 class Manifest(BaseModel):
@@ -78,9 +80,9 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: int = FORMAT
-    step: int
+    step: NonNegativeInt
     state: str
-    files: dict[str, str]
+    files: dict[AgentName, str]
     totals: Totals
     accuracy: float | None = None
     spec: dict[str, Any] | None = None
@@ -134,6 +136,23 @@ def _read_agent(folder: Place, name: str, manifest: Manifest) -> bytes:
             "restore it or remove this checkpoint's folder to use the one before",
         )
     return content
+
+
+def check_tensors(name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """The weights that a checkpoint holds for an agent are of the names, shapes and types expected.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    for key, weight in expected.items():
+        value = found.get(f"weights/{key}")
+        if value is None or value.shape != weight.shape or value.dtype != weight.dtype:
+            got = "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
+            raise CheckpointError(
+                f"agent {name!r}: {key} is {tuple(weight.shape)} of {weight.dtype} in "
+                f"the spec, but the checkpoint holds {got}",
+                "resume with the spec of the run",
+            )
 
 
 def write_checkpoint(
@@ -281,7 +300,7 @@ def read_manifest(folder: Place) -> Manifest:
     """
     file = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(read(file))
+        manifest = Manifest.model_validate_json(read(file, MAX_TEXT))
     except (OSError, ValidationError):
         raise DamagedError(
             f"{file}: missing or damaged", "remove this checkpoint's folder to use the one before"
@@ -302,7 +321,7 @@ def read_absent(run: Place) -> tuple[str, ...]:
     """
     file = run / "absent.json"
     try:
-        return tuple(_NAMES.validate_json(read(file)))
+        return tuple(_NAMES.validate_json(read(file, MAX_TEXT)))
     except FileNotFoundError:
         return ()
     except (OSError, ValidationError):

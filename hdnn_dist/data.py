@@ -144,9 +144,10 @@ def _check_names(
     loc: tuple[str, ...], given: Sequence[str] | Mapping[str, object], names: Sequence[str]
 ) -> None:
     seen: set[str] = set()
+    known = set(names)
     for k, name in enumerate(given):
         place = (*loc, name if isinstance(given, Mapping) else k)
-        if name not in names:
+        if name not in known:
             raise SpecError(place, f"there is no agent {name!r}", did_you_mean(name, names))
         if name in seen:
             raise SpecError(place, f"agent {name!r} is named twice", "name it once")

@@ -23,6 +23,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from itertools import islice
+
+LONGEST = 1000  # characters of a problem, a mend or a place, which may hold any of a user's values
 
 
 class HdnnError(Exception):
@@ -38,8 +41,8 @@ class UserError(HdnnError, ValueError):
     """
 
     def __init__(self, problem: str, mend: str) -> None:
-        self.problem = problem
-        self.mend = mend
+        self.problem = _on_a_line(problem)
+        self.mend = _on_a_line(mend)
         super().__init__(problem, mend)  # as given, so that it travels between processes whole
 
     def __str__(self) -> str:
@@ -65,7 +68,7 @@ class SpecError(UserError):
 
     def __str__(self) -> str:
         path = ".".join(str(part) for part in self.loc)
-        place = ": ".join(part for part in (self.where, path) if part)
+        place = ": ".join(_on_a_line(part) for part in (self.where, path) if part)
         return f"{place}: {self.problem}; {self.mend}" if place else super().__str__()
 
 
@@ -117,10 +120,17 @@ class TransportError(LostError):
     """A message could not be sent or received; names the agents and the round."""
 
 
+def _on_a_line(text: str) -> str:
+    """The text without its middle where it is long, and without line breaks and control codes."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def did_you_mean(given: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """The mend for a name that is not among `known`: the nearest, else `otherwise` or the list."""
-    names = list(known)
+    names = list(islice(known, 10_000))  # some 10 µs each
     folded = {name.casefold(): name for name in names}
-    if near := difflib.get_close_matches(given.casefold(), folded, n=1):
+    if len(given) <= LONGEST and (near := difflib.get_close_matches(given.casefold(), folded, n=1)):
         return f"did you mean {folded[near[0]]!r}?"
     return otherwise or f"use one of {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"

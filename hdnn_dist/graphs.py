@@ -1,15 +1,22 @@
 """Graphs from outside: networkx generators by name, and graph files.
 
 Nothing is called by a name from a spec but public graph generators, with arguments checked first.
+What a generator takes is known when it has ended, if it ends: only small graphs of well-known ones
+are made in this process, all others in one of their own that is stopped at its limits.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
+import os
+import resource
+import subprocess
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 from xml.etree import ElementTree
@@ -18,12 +25,38 @@ import networkx as nx
 
 from hdnn_dist.errors import SpecError, did_you_mean
 from hdnn_dist.spec import FileEdges, GeneratedEdges
+from hdnn_dist.storage import read_text
 
 Graph: TypeAlias = "nx.Graph[Any]"
 Loc = tuple[str | int, ...]
 
 MAX_AGENTS = 100_000
 MAX_EDGES = 1_000_000
+MAX_FILE = 32 << 20  # bytes
+CPU_SECONDS = 10  # of a generator's process: as much work on a busy machine as on an idle one
+MEMORY = 2 << 30  # bytes that it may map
+# Made in well below a second if the product of their arguments is `_SMALL`.
+_LINEAR = frozenset(
+    f"{kind}_graph"
+    for kind in (
+        "barabasi_albert",
+        "circular_ladder",
+        "complete",
+        "connected_watts_strogatz",
+        "cycle",
+        "erdos_renyi",
+        "fast_gnp_random",
+        "gnp_random",
+        "grid_2d",
+        "ladder",
+        "path",
+        "random_geometric",
+        "star",
+        "watts_strogatz",
+        "wheel",
+    )
+)
+_SMALL = 1000
 
 
 def graph_of(edges: GeneratedEdges | FileEdges, directed: bool, base: Path, loc: Loc) -> Graph:
@@ -40,12 +73,16 @@ def graph_of(edges: GeneratedEdges | FileEdges, directed: bool, base: Path, loc:
             f"set topology.directed: {str(not directed).lower()}, or use another graph",
         )
     if len(graph) > MAX_AGENTS or graph.number_of_edges() > MAX_EDGES:
-        raise SpecError(
-            loc,
-            f"{source} gives {len(graph)} nodes and {graph.number_of_edges()} edges",
-            f"stay within {MAX_AGENTS} agents and {MAX_EDGES} edges",
-        )
+        raise _too_large(source, len(graph), graph.number_of_edges(), loc)
     return simple(graph)
+
+
+def _too_large(source: str, nodes: int, edges: int, loc: Loc) -> SpecError:
+    return SpecError(
+        loc,
+        f"{source} gives {nodes} nodes and {edges} edges",
+        f"stay within {MAX_AGENTS} agents and {MAX_EDGES} edges",
+    )
 
 
 def simple(graph: Graph) -> Graph:
@@ -71,7 +108,7 @@ def generators() -> dict[str, Callable[..., Any]]:
 
 
 def _generate(edges: GeneratedEdges, directed: bool, loc: Loc) -> Graph:
-    """Call the generator, which is told of `directed` where it has an ear for it."""
+    """Have the generator called; its nodes are numbered in its own order."""
     name = edges.generator
     if name not in generators():
         raise SpecError(
@@ -79,31 +116,102 @@ def _generate(edges: GeneratedEdges, directed: bool, loc: Loc) -> Graph:
             f"{name!r} is no networkx graph generator",
             did_you_mean(name, generators(), "see networkx.org, Reference, Graph generators"),
         )
+    given = _arguments(edges, inspect.signature(generators()[name]), loc)
+    if _is_small(name, given):
+        answer = _called(name, given, directed)
+    else:
+        answer = json.loads(_ask(json.dumps([name, given, directed])))
+    shown = ", ".join(f"{key}={value!r}" for key, value in edges.args.items())
+    if "fails" in answer:
+        mend = "mend its arguments or use another generator"
+        if directed:
+            mend += "; not every one makes directed graphs"
+        raise SpecError(loc, f"{name}({shown}) fails: {answer['fails']}", mend)
+    if "stopped" in answer:
+        limits = f"{MEMORY >> 30} GiB of memory or {CPU_SECONDS} s of computing"
+        raise SpecError(loc, f"{name}({shown}) takes more than {limits}", "ask for a smaller graph")
+    if "nodes" not in answer:
+        raise SpecError((*loc, "generator"), f"{name} does not make a graph", "use another")
+    if not answer["nodes"]:
+        raise SpecError(loc, f"{name}({shown}) has no nodes", "ask for at least one")
+    if "edges" not in answer:
+        raise _too_large(name, answer["nodes"], answer["edge count"], loc)
+    graph: Graph = nx.DiGraph() if answer["directed"] else nx.Graph()
+    graph.add_nodes_from(range(answer["nodes"]))
+    graph.add_edges_from(answer["edges"])
+    return graph
+
+
+def _is_small(name: str, given: dict[str, Any]) -> bool:
+    sizes = [value for key, value in given.items() if key != "seed"]
+    if name not in _LINEAR or not all(isinstance(value, int | float) for value in sizes):
+        return False
+    product: float = math.prod(max(1, abs(value)) for value in sizes)
+    return product <= _SMALL
+
+
+@lru_cache(maxsize=16)
+def _ask(call: str) -> str:
+    """What `serve` answers to `call`, in a process of its own."""
+    command = [sys.executable, "-c", "from hdnn_dist.graphs import serve; serve()"]
+    # One thread: each reserves memory, which counts. The path: this process may have changed it.
+    paths = os.pathsep.join(path or os.curdir for path in sys.path)
+    environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            input=call,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=10 * CPU_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return '{"stopped": true}'
+    assert done.returncode <= 0, done.stderr  # above 0 it is our fault, below the limits'
+    return '{"stopped": true}' if done.returncode else done.stdout
+
+
+def serve() -> None:
+    """Read a generator's name, arguments and directedness, and print the graph; all in JSON."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, CPU_SECONDS)):
+        hard = resource.getrlimit(limit)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(limit, (most, hard))
+    name, given, directed = json.load(sys.stdin)
+    try:
+        answer = json.dumps(_called(name, given, directed))
+    except MemoryError:
+        answer = '{"stopped": true}'
+    sys.stdout.write(answer)
+
+
+def _called(name: str, given: dict[str, Any], directed: bool) -> dict[str, Any]:
+    """Call the generator, which is told of `directed` where it has an ear for it."""
     function = generators()[name]
     signature = inspect.signature(function)
-    given = _arguments(edges, signature, loc)
     if directed and "directed" in signature.parameters:
         given = {"directed": True, **given}
     elif directed and "create_using" in signature.parameters:
         given = {"create_using": nx.DiGraph, **given}
-    shown = ", ".join(f"{key}={value!r}" for key, value in edges.args.items())
     # Bound by hand, so that a list goes to a generator's *args too.
     bound = inspect.BoundArguments(
         signature, OrderedDict((key, given[key]) for key in signature.parameters if key in given)
     )
     try:
         graph = function(*bound.args, **bound.kwargs)
+    except MemoryError:
+        raise
     except Exception as error:  # the user's values, deep in networkx: it may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        mend = "mend its arguments or use another generator"
-        if directed:
-            mend += "; not every one makes directed graphs"
-        raise SpecError(loc, f"{name}({shown}) fails: {reason}", mend) from error
+        return {"fails": " ".join(str(error).split())[:1000] or type(error).__name__}
     if not isinstance(graph, nx.Graph):
-        raise SpecError((*loc, "generator"), f"{name} does not make a graph", "use another")
-    if not graph:
-        raise SpecError(loc, f"{name}({shown}) has no nodes", "ask for at least one")
-    return graph
+        return {}
+    answer = {"directed": graph.is_directed(), "nodes": len(graph)}
+    if len(graph) > MAX_AGENTS or graph.number_of_edges() > MAX_EDGES:
+        return answer | {"edge count": graph.number_of_edges()}
+    number = {node: k for k, node in enumerate(graph)}
+    return answer | {"edges": [(number[u], number[v]) for u, v in graph.edges()]}
 
 
 def _arguments(edges: GeneratedEdges, signature: inspect.Signature, loc: Loc) -> dict[str, Any]:
@@ -154,7 +262,7 @@ def _read(path: Path, directed: bool, loc: Loc) -> Graph:
     if reader is None:
         raise SpecError(loc, f"{path} is no known kind of file", f"use {', '.join(readers)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, MAX_FILE)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SpecError(loc, f"cannot read {path}: {reason}", "name a graph file") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,8 @@ from hdnn_dist.sparsity import given_X, interconnection, patterns_of
 from hdnn_dist.spec import IndexSplit, Spec
 from hdnn_dist.storage import Where, place
 from hdnn_dist.topology import Topology, Tree, resolve
+
+MAX_BLOCKS = 10_000_000  # of K, over all layers
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class Job:
     @classmethod
     def _fit(cls, spec: Spec) -> Job:
         topology = Topology.from_spec(spec.topology)
+        blocks = spec.model.layers * (len(topology.agents) + len(topology.edges))
+        if blocks > MAX_BLOCKS:
+            raise SpecError(
+                ("model", "layers"),
+                f"{spec.model.layers} layers on this graph have {blocks} blocks of K",
+                f"stay within {MAX_BLOCKS}: use fewer layers, agents or edges",
+            )
         data = describe(spec.data)
         views = split_features(spec.data, data, topology.names)
         readers, tree = _readout(spec, topology)
@@ -244,7 +254,7 @@ def _with_absolute_folder(spec: Spec, base: Path | None) -> Spec:
     """`data.dir` from the folder of the spec: actors and resumed runs work elsewhere."""
     if spec.data.dir is None:
         return spec
-    folder = ((base or Path()) / Path(spec.data.dir).expanduser()).absolute()
+    folder = ((base or Path()) / os.path.expanduser(spec.data.dir)).absolute()
     return spec.model_copy(update={"data": spec.data.model_copy(update={"dir": str(folder)})})
 
 

@@ -105,11 +105,19 @@ def _lines(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return
         if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
             return
+        if record.get("kind") == "gradients" and not _are_gradients(record):
+            return
         yield line, record
+
+
+def _are_gradients(record: dict[str, Any]) -> bool:
+    epoch, norms = record.get("epoch"), record.get("norms")
+    kept = isinstance(norms, list) and all(isinstance(norm, float | None) for norm in norms)
+    return isinstance(epoch, int) and kept
 
 
 class TensorBoard(Listener):

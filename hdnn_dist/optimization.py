@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hdnn_dist.spec import SGD, Adam, Constant, Cosine, OneCycle, Optimizer, Schedule, Step
 
@@ -19,6 +19,18 @@ def build_optimizer(spec: Optimizer, weights: Iterable[nn.Parameter]) -> torch.o
         )
     kind = torch.optim.Adam if isinstance(spec, Adam) else torch.optim.AdamW
     return kind(weights, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
+
+
+def fits(state: Mapping[str, Tensor], weight: Tensor, spec: Optimizer) -> bool:
+    """Whether `state` is what the optimiser keeps for a weight; nothing before its first step."""
+    shapes = {"momentum_buffer": weight.shape}
+    if not isinstance(spec, SGD):
+        shapes = {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+    return not state or (
+        {key: value.shape for key, value in state.items()} == shapes
+        and all(value.dtype == weight.dtype for key, value in state.items() if key != "step")
+        and all(value.is_floating_point() for value in state.values())
+    )
 
 
 def learning_rate(spec: Schedule, peak: float, step: int, steps: int, per_epoch: int) -> float:

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from hdnn_dist.errors import SpecError, did_you_mean
 from hdnn_dist.spec import NAME_RULE, Optimizer, Schedule, Section, Spec, Split, kind_of
 from hdnn_dist.storage import Place as FilePlace
-from hdnn_dist.storage import read
+from hdnn_dist.storage import read_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,6 +34,13 @@ class _Loader(yaml.SafeLoader):
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_node(self, *args: Any) -> yaml.Node | None:
+        """Count the values, and stop before they fill the memory."""
+        self.values = getattr(self, "values", 0) + 1
+        if self.values > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
+        return super().compose_node(*args)
+
 
 for _kind, _form in (
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
@@ -43,10 +50,16 @@ for _kind, _form in (
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})$"), list("-+.0123456789")
     )
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda _, node: int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10),
-)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    digits: str = loader.construct_scalar(node)
+    if len(digits) > _MAX_DIGITS:  # Python will not write it
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits, 0 if digits[:2] in ("0o", "0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -62,7 +75,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 _TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "merge")
+MAX_VALUES = 2_000_000  # in a file: PyYAML keeps about 1 KiB for each
 _MAX_ALIASED = 10_000  # values repeated by YAML aliases: nested aliases grow exponentially
+_MAX_DIGITS = 400
+_MAX_DEPTH = 32  # of an override's key
 Place = tuple[str | int, ...]
 
 
@@ -83,7 +99,7 @@ class Source:
         return next((place for place in found if place is not None), None)
 
     def _record(self, loc: Place, place: str) -> None:
-        self._places[loc] = place
+        self._places.setdefault(loc, place)  # a mapping's own key comes before a merged one
 
     def _forget(self, loc: Place) -> None:
         """Forget `loc` and all below it: the value is about to be replaced."""
@@ -136,7 +152,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     """
     try:
         copy = json.loads(json.dumps(data))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise SpecError((), f"not plain data: {error}", "use what YAML can hold") from error
     source = Source()
     _follow(copy, source, Path())
@@ -144,9 +160,17 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
 
 
 def dump_spec(spec: Spec) -> str:
-    """`spec` as YAML that `read_spec` reads back equal."""
+    """`spec` as YAML that `read_spec` reads back equal.
+
+    Raises:
+        SpecError: it holds more values than would be read back.
+    """
+    data = spec.model_dump(mode="json")
+    if (values := _count(data)) > MAX_VALUES:
+        problem = f"written out, the spec has {values} values, more than {MAX_VALUES}"
+        raise SpecError((), problem, "use fewer agents, edges or entries of matrices")
     text: str = yaml.dump(
-        spec.model_dump(mode="json"),
+        data,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
@@ -154,6 +178,13 @@ def dump_spec(spec: Spec) -> str:
         width=100,
     )
     return text
+
+
+def _count(value: Any) -> int:
+    """The values in `value`, with itself, and its keys."""
+    if isinstance(value, dict):
+        return 1 + len(value) + sum(map(_count, value.values()))
+    return 1 + sum(map(_count, value)) if isinstance(value, list) else 1
 
 
 def json_schema() -> dict[str, Any]:
@@ -167,7 +198,7 @@ def json_schema() -> dict[str, Any]:
 
 def _load(path: FilePlace) -> tuple[dict[str, Any], Source]:
     try:
-        text = read(path).decode("utf-8-sig")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SpecError((), f"cannot read {path}: {reason}", "name a YAML file") from error
@@ -215,7 +246,8 @@ def _parse(text: str, name: str, lines: bool = True) -> tuple[Any, Source]:
         raise SpecError((), f"not YAML: {error.problem}", "mend that line", at) from error
     except RecursionError as error:
         raise SpecError((), "values are nested too deeply", "write them flat", name) from error
-    except (yaml.YAMLError, ValueError, KeyError) as error:  # control characters, !!int x
+    # Control characters, !!int x, !!bool x, !!float "".
+    except (yaml.YAMLError, ValueError, LookupError) as error:
         raise SpecError((), f"not YAML: {' '.join(str(error).split())}", "mend it", name) from error
 
 
@@ -241,6 +273,10 @@ def _walk(
         for key, value in node.value:
             if _tag(key) == "str":
                 yield from _walk((*loc, key.value), key.start_mark, value)
+        for key, value in node.value:
+            if _tag(key) == "merge":  # one mapping, or several
+                for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    yield from _walk(loc, merged.start_mark, merged)
 
 
 def _check_keys(loc: Place, node: yaml.MappingNode, place: Callable[[yaml.Mark], str]) -> None:
@@ -295,7 +331,7 @@ def _override(data: dict[str, Any], source: Source, text: str) -> None:
     place = f"--set {text}"
     key, _, value_text = text.partition("=")
     parts = key.strip().split(".")
-    if not all(parts) or not value_text.strip():
+    if not all(parts) or not value_text.strip() or len(parts) > _MAX_DEPTH:
         mend = "write section.key=VALUE (null for no value)"
         raise SpecError((), "this is no override", mend, place)
     value, _ = _parse(value_text, place, lines=False)
@@ -310,7 +346,7 @@ def _override(data: dict[str, Any], source: Source, text: str) -> None:
             here[step] = {} if child is None else child
             here = here[step]
         if isinstance(here, list):
-            if not part.isdecimal() or int(part) >= len(here):
+            if not part.isdecimal() or len(part) > 9 or int(part) >= len(here):
                 problem = f"no item {part!r} in a list of {len(here)}"
                 raise SpecError(loc, problem, "count from 0", place)
             loc = (*loc, int(part))

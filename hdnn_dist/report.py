@@ -87,7 +87,7 @@ def analyze(
     report["networks"][0]["gradients"] = [
         {"epoch": record["epoch"], "norms": record["norms"]}
         for record in read_metrics(run)
-        if record["kind"] == "gradients"
+        if record.get("kind") == "gradients"
     ]
     write_json(folder / "analysis.json", report)  # whatever becomes of the baselines
     if baselines != "none":

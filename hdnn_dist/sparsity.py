@@ -30,6 +30,8 @@ from hdnn_dist.hamiltonian import J1, J2, skew
 from hdnn_dist.spec import Spec
 from hdnn_dist.topology import Topology, layer_edges
 
+MAX_DENSE = 4096  # rows of J
+
 
 @dataclass(frozen=True)
 class BlockPattern:
@@ -79,9 +81,13 @@ class BlockPattern:
         """Whether no agent uses another's: the pattern is within `I`."""
         return all(l == i for i, l in self.entries)
 
+    @cached_property
+    def _sets(self) -> tuple[frozenset[int], ...]:
+        return tuple(map(frozenset, self.rows))
+
     def __contains__(self, entry: tuple[int, int]) -> bool:
         i, l = entry
-        return l in self.rows[i]
+        return l in self._sets[i]
 
     def __le__(self, other: BlockPattern) -> bool:
         return all(set(a) <= set(b) for a, b in zip(self.rows, other.rows, strict=True))
@@ -293,7 +299,8 @@ def patterns_of(
     for name, C, owner in (("J", J, agent.repeat(2)), ("X", X, agent)):
         if C is not None:
             entries = C.reshape(-1, *C.shape[-2:]).any(0).nonzero()
-            R = eye | BlockPattern.of(M, {(int(i), int(l)) for i, l in owner[entries].tolist()})
+            blocks = (owner[entries] @ torch.tensor([M, 1])).unique()  # an entry each: many
+            R = eye | BlockPattern.of(M, (divmod(block, M) for block in blocks.tolist()))
             _refuse_outside(topology, R - S, ("model", name), name)
     return Patterns(
         sizes=topology.sizes,
@@ -321,6 +328,12 @@ def interconnection(topology: Topology, spec: Spec) -> Tensor | None:
                 loc, f"J is given, but that of {model.name} is fixed", "leave J out, or use H1"
             )
         return None
+    if N > MAX_DENSE:
+        raise SpecError(
+            ("topology", "d"),
+            f"y = [p; q] has 2 Σ d = {N} entries, and H1 keeps its J as a whole",
+            f"stay within {MAX_DENSE}, or set model.name to H2",
+        )
     like = torch.empty(N, dtype=torch.float64)
     if model.J is None and model.graph != "K":
         X = torch.zeros(N // 2, N // 2, dtype=torch.float64)

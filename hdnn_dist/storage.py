@@ -24,6 +24,7 @@ from hdnn_dist.errors import HdnnError, StorageError, did_you_mean
 Place: TypeAlias = Path | UPath
 Where: TypeAlias = str | os.PathLike[str] | UPath
 
+MAX_TEXT = 128 << 20  # bytes: a resolved spec writes out all edges, and a J from a file
 _URL = re.compile(r"([A-Za-z][\w+.-]*)://")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -94,15 +95,43 @@ def names(folder: Place) -> list[str]:
             return []
 
 
-def read(file: Place) -> bytes:
+def read(file: Place, most: int | None = None) -> bytes:
     """The content of a file.
 
+    Args:
+        file: where.
+        most: bytes that it may have; of a larger one, no more are read.
+
     Raises:
-        OSError: it is not there, or is local and cannot be read.
+        OSError: it is not there, is larger, or is local and cannot be read.
         StorageError: the place of a URL cannot be reached: what is there may be good.
     """
-    with _telling(file, "read", but=OSError if isinstance(file, Path) else FileNotFoundError):
-        return file.read_bytes()
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))  # devices have no end
+    try:
+        with (
+            _telling(file, "read", but=OSError if isinstance(file, Path) else FileNotFoundError),
+            file.open("rb") as stream,
+        ):
+            content: bytes = stream.read(-1 if most is None else most + 1)
+    except ValueError as error:  # NUL, or half a surrogate pair
+        if isinstance(error, HdnnError):
+            raise
+        raise OSError(errno.EINVAL, "no file has such a name", str(file)) from None
+    if most is not None and len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(file))
+    return content
+
+
+def read_text(file: Place, most: int = MAX_TEXT) -> str:
+    """A file of UTF-8 text, without a byte order mark.
+
+    Raises:
+        OSError, StorageError: as `read`.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    text = read(file, most).decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write(file: Place, content: bytes) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import networkx as nx
 import numpy as np
@@ -285,12 +285,18 @@ def resolve(spec: Spec, base: Path | None = None) -> Spec:
     model = spec.model
     if model.layer_graphs is not None:
         names, directed = [agent.name for agent in agents], topology.directed
-        layers = [
-            LayerGraph(edges=_layer_pairs(k, entry.edges, names, directed, base))
-            if isinstance(entry, LayerGraph)
-            else entry
-            for k, entry in enumerate(model.layer_graphs)
-        ]
+        layers: list[LayerGraph | Literal["topology", "none"]] = []
+        count = 0
+        for k, entry in enumerate(model.layer_graphs):
+            if isinstance(entry, LayerGraph):
+                pairs = _layer_pairs(k, entry.edges, names, directed, base)
+                entry = LayerGraph(edges=pairs)
+                count += len(pairs)
+            if count > MAX_EDGES:
+                loc = ("model", "layer_graphs", k)
+                problem = f"the graphs up to this one have {count} edges"
+                raise SpecError(loc, problem, f"use at most {MAX_EDGES} in all")
+            layers.append(entry)
         model = model.model_copy(update={"layer_graphs": layers})
     for key in ("J", "X"):
         if isinstance(matrix := getattr(model, key), MatrixFile):
@@ -312,7 +318,7 @@ def read_matrix(path: Path, loc: tuple[str, ...]) -> list[Any]:
     mend = "write it with numpy.save from a float array"
     try:
         matrix = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header can raise whatever Python's tokenizer does
         raise SpecError(loc, f"{path} cannot be read as .npy: {error}", mend) from None
     if not isinstance(matrix, np.ndarray) or matrix.ndim not in (2, 3) or matrix.dtype.kind != "f":
         raise SpecError(loc, f"{path} holds no real matrix", mend)

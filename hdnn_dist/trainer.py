@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from hdnn_dist.agent import Evaluation, Fault, StepResult
@@ -36,7 +37,7 @@ from hdnn_dist.checkpoint import (
 from hdnn_dist.data import Part
 from hdnn_dist.errors import CheckpointError, LostError, RunError, StorageError, UserError
 from hdnn_dist.job import Job
-from hdnn_dist.storage import Place, read
+from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
@@ -532,9 +533,11 @@ def check_belongs(job: Job, run: Place, folder: Place, manifest: Manifest) -> No
 def read_summary(run: Place, steps: int) -> Summary | None:
     """The summary of a run that ended after so many steps; None if there is none."""
     try:
-        content = json.loads(read(run / "summary.json"))
+        content = json.loads(read(run / "summary.json", MAX_TEXT))
         values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
-        found = Summary(**values | {"absent": tuple(values.get("absent", ()))})
-    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
+        found = TypeAdapter(Summary).validate_python(values)
+    except (OSError, ValueError, RecursionError, AttributeError):  # missing or damaged
         return None
-    return replace(found, run=str(run)) if found.steps == steps else None  # it may have moved
+    if found.steps != steps or not math.isfinite(found.seconds) or found.bytes_sent >= 2**63:
+        return None
+    return replace(found, run=str(run))  # it may have moved
