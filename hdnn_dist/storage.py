@@ -106,7 +106,7 @@ def read(file: Place, most: int | None = None) -> bytes:
         OSError: it is not there, is larger, or is local and cannot be read.
         StorageError: the place of a URL cannot be reached: what is there may be good.
     """
-    if isinstance(file, Path) and file.exists() and not file.is_file():
+    if isinstance(file, Path) and not (file.is_file() or file.is_dir()) and file.exists():
         raise OSError(errno.EINVAL, "not a regular file", str(file))  # devices have no end
     try:
         with (
