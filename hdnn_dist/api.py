@@ -177,6 +177,6 @@ def load(run: str | os.PathLike[str]) -> HDNN:
         }
 
     parts = from_latest(Path(run), weights)
-    model = HDNN(job.architecture, job.dtype)
+    model = HDNN(job.architecture, job.dtype, fast=True)
     model.load_state_dict(job.architecture.assemble(parts))
     return model
