@@ -76,17 +76,18 @@ SIZES = {
 def masked(y_BN: Tensor, K: Tensor, b: Tensor, mask: Tensor, J: Tensor) -> Tensor:
     """H2 as the public code computes it, but for `K` in place of `Kᵀ`.
 
-    `K` is `(N, N, L)`, masked twice in each half step, `J Kᵀ` is formed in full, and the new half
-    is written into its place in `y`.
+    `K` is `(N, N, L)`, masked twice in each half step, and `J Kᵀ` is formed in full. There the new
+    half is written into its place in `y`, whose gradients torch refuses by now.
     """
     n = J.shape[0] // 2
-    y, p, q = y_BN.clone(), slice(0, n), slice(n, None)
+    halves, y = (slice(0, n), slice(n, None)), list(y_BN.split(n, 1))
     for j in range(K.shape[2]):
-        for new, old in ((p, q), (q, p)):
-            s = torch.tanh(F.linear(y[:, old], (K[:, :, j] * mask)[old, old], b[old, 0, j]))
-            force = torch.matmul(J, (K[:, :, j] * mask).T)[new, old]
-            y[:, new] = y[:, new] + H * F.linear(s, force)
-    return y
+        for new, old in ((0, 1), (1, 0)):
+            to, of = halves[new], halves[old]
+            s = torch.tanh(F.linear(y[old], (K[:, :, j] * mask)[of, of], b[of, 0, j]))
+            force = torch.matmul(J, (K[:, :, j] * mask).T)[to, of]
+            y[new] = y[new] + H * F.linear(s, force)
+    return torch.cat(y, 1)
 
 
 def contestants(size: Size) -> dict[str, Run]:

@@ -26,7 +26,7 @@ adds, so that the cost is that of the blocks. Blocks that fill up shorter rows a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -321,22 +321,32 @@ class _Sweep:
         for room, part in zip(self.y, y_0.chunk(self.parts), strict=True):
             room[0].copy_(part)
         y, plan = self._unbound()
-        for j in range(self.layers):
-            for step, product, late, s in plan:
-                product.affine(j, y[step.source][j + late], s[j])
-                self.value(s[j])
-                product.pull(j, y[step.target][j], s[j], step.c, y[step.target][j + 1])
+        for start in self._loaded():
+            for j in range(start, min(start + CHUNK, self.layers)):
+                for step, product, late, s in plan:
+                    product.affine(j - start, y[step.source][j + late], s[j])
+                    self.value(s[j])
+                    old, new = y[step.target][j : j + 2]
+                    product.pull(j - start, old, s[j], step.c, new)
         return torch.cat([part[-1] for part in y])
+
+    def _loaded(self) -> Iterator[int]:
+        """The first layer of each chunk, whose matrices the products have at hand."""
+        for start in range(0, self.layers, CHUNK):
+            for product in self.products:
+                product.load(start, start + CHUNK)
+            yield start
 
     def forward_in_place(self, y_0: Tensor) -> Tensor:
         """`y_N` alone."""
         y_N = y_0.clone(memory_format=torch.contiguous_format)
         parts, [[s]] = y_N.chunk(self.parts), self._room(1, 1)
-        for j in range(self.layers):
-            for step, product in zip(self.steps, self.products, strict=True):
-                product.affine(j, parts[step.source], s)
-                self.value(s)
-                product.pull(j, parts[step.target], s, step.c, parts[step.target])
+        for start in self._loaded():
+            for k in range(min(CHUNK, self.layers - start)):
+                for step, product in zip(self.steps, self.products, strict=True):
+                    product.affine(k, parts[step.source], s)
+                    self.value(s)
+                    product.pull(k, parts[step.target], s, step.c, parts[step.target])
         return y_N
 
     def _unbound(self) -> tuple[list[tuple[Tensor, ...]], list[Any]]:
@@ -344,14 +354,14 @@ class _Sweep:
         plan = list(zip(self.steps, self.products, self.late, s, strict=True))
         return [room.unbind() for room in self.y], plan
 
-    def _rebuild(self, start: int, count: int) -> None:
-        """The states and `s` of some layers from the state after them, `self.y[…][count]`."""
+    def _rebuild(self, count: int) -> None:
+        """The states and `s` of a chunk from the state after it, `self.y[…][count]`."""
         y, plan = self._unbound()
         for k in reversed(range(count)):
             for step, product, late, s in reversed(plan):
-                product.affine(start + k, y[step.source][k + late], s[k])
+                product.affine(k, y[step.source][k + late], s[k])
                 self.value(s[k])
-                product.pull(start + k, y[step.target][k + 1], s[k], -step.c, y[step.target][k])
+                product.pull(k, y[step.target][k + 1], s[k], -step.c, y[step.target][k])
 
     def backward(self, y_N: Tensor, y_bar: Tensor, weights_too: bool) -> tuple[Tensor | None, ...]:
         """The cotangents of `y_0` and of the operands (None if not `weights_too`)."""
@@ -368,15 +378,17 @@ class _Sweep:
         for stop in range(self.layers, 0, -self.chunk):
             start = max(0, stop - self.chunk)
             count, first = stop - start, 0 if self.recompute else start
+            for product in self.products:
+                product.load(start, stop)
             for bar, value in zip(bars, now, strict=True):
                 bar[count].copy_(value)
             if self.recompute:
                 for room, value in zip(self.y, after, strict=True):
                     room[count].copy_(value)
-                self._rebuild(start, count)
+                self._rebuild(count)
                 after = tuple(room[0] for room in self.y)
             s = [room[first : first + count] for room in self.s]
-            self._pull_back(start, count, bars, a_bars, s)
+            self._pull_back(count, bars, a_bars, s)
             now = tuple(bar[0] for bar in bars)
             if weights_too:
                 for k, step in enumerate(self.steps):
@@ -390,9 +402,9 @@ class _Sweep:
         return y_bar, *(w for ws in gradients for w in ws)
 
     def _pull_back(
-        self, start: int, count: int, bars: list[Tensor], a_bars: list[Tensor], s: list[Tensor]
+        self, count: int, bars: list[Tensor], a_bars: list[Tensor], s: list[Tensor]
     ) -> None:
-        """`ȳ` and `ā` of some layers, from that of the state after them in `bars[…][count]`."""
+        """`ȳ` and `ā` of a chunk, from the cotangent of the state after it, `bars[…][count]`."""
         y_bar = [bar.unbind() for bar in bars]
         plan = list(
             zip(
@@ -406,21 +418,26 @@ class _Sweep:
         )[::-1]
         for k in reversed(range(count)):
             for step, product, early, a_bar, s_ in plan:
-                product.push(start + k, y_bar[step.target][k + 1 - early], a_bar[k])
+                product.push(k, y_bar[step.target][k + 1 - early], a_bar[k])
                 self.slope(a_bar[k], s_[k])
                 source = y_bar[step.source]
-                product.push_back(start + k, source[k + 1], a_bar[k], step.c, source[k])
+                product.push_back(k, source[k + 1], a_bar[k], step.c, source[k])
 
 
 class _Dense:
-    """Products with `A[j]` and `G[j]`, both `(n, n)`."""
+    """Products with `A` and `G` of a layer, both `(n, n)`."""
 
     def __init__(
         self, scale: float, step: HalfStep, A: Tensor, b: Tensor, G: Tensor | None = None
     ) -> None:
         self.scale, self.kind = scale, step.G
-        self.A, self.AT, self.b = A.unbind(), A.mT.unbind(), (scale * b)[:, :, None].unbind()
-        self.G, self.GT = (self.AT, self.A) if G is None else (G.unbind(), G.mT.unbind())
+        self.stacked = A, scale * b[:, :, None], A.mT if G is None else G
+
+    def load(self, start: int, stop: int) -> None:
+        """Have the layers `start … stop - 1` at hand, as 0, 1, …."""
+        A, b, G = (w[start:stop] for w in self.stacked)
+        self.A, self.AT, self.b = A.unbind(), A.mT.unbind(), b.unbind()
+        self.G, self.GT = G.unbind(), G.mT.unbind()
 
     def affine(self, j: int, y: Tensor, out: Tensor) -> None:
         """`scale · (A y + b)`."""
@@ -459,41 +476,45 @@ class _Dense:
 
 
 class _Blocks:
-    """The same with `A[j]` as block rows `(M, d, D)` and `G = Aᵀ`."""
+    """The same with `A` as block rows `(M, d, D)` and `G = Aᵀ`."""
 
     def __init__(
         self, scale: float, rows: Rows, scratch: list[Tensor], A: Tensor, b: Tensor
     ) -> None:
         self.scale, self.rows, (L, M, d, D) = scale, rows, A.shape
         self.read, self.sent = (room.view(M * rows.most, d, -1) for room in scratch)
-        self.A, self.AT, self.b = A.unbind(), A.mT.unbind(), (scale * b).view(L, M, d, 1).unbind()
-        self.split, self.stacked = (M, d, -1), (M, D, -1)
+        self.stacked = A, (scale * b).view(L, M, d, 1)
+        self.by_agent, self.by_row = (M, d, -1), (M, D, -1)
+
+    def load(self, start: int, stop: int) -> None:
+        A, b = (w[start:stop] for w in self.stacked)
+        self.A, self.AT, self.b = A.unbind(), A.mT.unbind(), b.unbind()
 
     def _gather(self, y: Tensor) -> Tensor:
-        torch.index_select(y.view(self.split), 0, self.rows.reads, out=self.read)
-        return self.read.view(self.stacked)
+        torch.index_select(y.view(self.by_agent), 0, self.rows.reads, out=self.read)
+        return self.read.view(self.by_row)
 
     def affine(self, j: int, y: Tensor, out: Tensor) -> None:
-        Y, out = self._gather(y), out.view(self.split)
+        Y, out = self._gather(y), out.view(self.by_agent)
         torch.baddbmm(self.b[j], self.A[j], Y, alpha=self.scale, out=out)
 
     def pull(self, j: int, t: Tensor, s: Tensor, c: float, out: Tensor) -> None:
         if out is not t:
             out.copy_(t)
-        torch.bmm(self.AT[j], s.view(self.split), out=self.sent.view(self.stacked))
-        out.view(self.split).index_add_(0, self.rows.reads, self.sent, alpha=c)
+        torch.bmm(self.AT[j], s.view(self.by_agent), out=self.sent.view(self.by_row))
+        out.view(self.by_agent).index_add_(0, self.rows.reads, self.sent, alpha=c)
 
     push_back = pull
 
     def push(self, j: int, t_bar: Tensor, out: Tensor) -> None:
-        torch.bmm(self.A[j], self._gather(t_bar), out=out.view(self.split))
+        torch.bmm(self.A[j], self._gather(t_bar), out=out.view(self.by_agent))
 
     def gradients(
         self, own: list[Tensor], y: Tensor, s: Tensor, t_bar: Tensor, a_bar: Tensor, c: float
     ) -> None:
         for A_bar, y_, s_, t_, a_ in zip(own[0], y, s, t_bar, a_bar, strict=True):
-            torch.bmm(a_.view(self.split), self._gather(y_).mT, out=A_bar)
-            A_bar.baddbmm_(s_.view(self.split), self._gather(t_).mT, beta=c, alpha=c)
+            torch.bmm(a_.view(self.by_agent), self._gather(y_).mT, out=A_bar)
+            A_bar.baddbmm_(s_.view(self.by_agent), self._gather(t_).mT, beta=c, alpha=c)
         if self.rows.mask is not None:
             own[0].mul_(self.rows.mask)
         torch.sum(a_bar, -1, out=own[1]).mul_(c)

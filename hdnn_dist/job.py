@@ -128,7 +128,16 @@ class Job:
                     f"the norm is summed over all agents, but {error.problem}",
                     f"connect them or leave {key} out",
                 ) from None
-        return cls(spec, topology, data, views, architecture, Plan.of(architecture, norm_tree))
+        recompute = spec.training.activations == "recompute"
+        if recompute and not architecture.member.invertible:
+            raise SpecError(
+                ("training", "activations"),
+                f"the forward Euler step of {spec.model.name} has no closed inverse to recompute "
+                "states by",
+                "set activations to store, or model.name to H2, MS1 or MS3",
+            )
+        plan = Plan.of(architecture, norm_tree, recompute)
+        return cls(spec, topology, data, views, architecture, plan)
 
     @property
     def dtype(self) -> torch.dtype:
