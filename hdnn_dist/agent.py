@@ -160,11 +160,11 @@ class Agent:
         if self.is_root:
             loss, correct, scores_bar = cross_entropy(scores, self.labels("train")[index])
             scores_bar /= len(index)
-        cotangents = yield from self.node.backward(scores_bar)
+        norms = yield from self.node.backward(scores_bar)
         if (step + 1) % self.job.steps_per_epoch == 0:
-            self.gradient_squares = torch.stack([c.double().square().sum() for c in cotangents])
+            self.gradient_squares = torch.stack(norms).square()
         self._regularise()
-        self.fault = self._find_fault(step, first_state, cotangents)
+        self.fault = self._find_fault(step, first_state, norms)
         if self.fault is None and not math.isfinite(loss):
             self.fault = Fault(
                 step + 1, self.job.architecture.patterns.layers, self.name, "the loss"
@@ -181,17 +181,17 @@ class Agent:
         return StepResult(step + 1, loss / len(index), correct, len(index), lr, norm)
 
     def _find_fault(
-        self, step: int, first_state: int | None, cotangents: Sequence[Tensor]
+        self, step: int, first_state: int | None, norms: Sequence[Tensor]
     ) -> Fault | None:
-        """The first number of a step that is not finite, if there is one."""
-        N = len(cotangents) - 1
+        """The first number of a step that is not finite, given the cotangents' norms."""
+        N = len(norms) - 1
         if first_state is not None:
             return Fault(step + 1, first_state, self.name, f"the state y_{first_state}")
         gradients = self.node.gradients
         if torch.isfinite(nn.utils.get_total_norm(gradients.values())):
             return None
         for j in reversed(range(N + 1)):
-            if not torch.isfinite(cotangents[j]).all():
+            if not torch.isfinite(norms[j]):
                 return Fault(step + 1, 2 * N - j, self.name, f"the cotangent ∂loss/∂y_{j}")
         for name, gradient in gradients.items():
             if not torch.isfinite(gradient).all():
@@ -221,18 +221,20 @@ class Agent:
             V: the cotangents of `y_N`, `(2n, r)`.
         """
         node, architecture = self.node, self.job.architecture
-        node.forget()
         r, layers = V.shape[1], architecture.patterns.layers
         own = V[architecture.stacked((self.i,), whole=True)].to(self.job.dtype)  # (2d, r)
         grams, forms, energies = [], [], []
         for x_F in x_BF.to(self.job.dtype):
+            node.forget()
             energy, states = [], []
             y = node.encode(x_F[:, None].expand(-1, r))
             for layer in range(layers):
                 states.append(y)
                 y = yield from node.layer(layer, y)
             gram, form = [], []
-            for M in reversed((yield from node.pull_back(own))):
+            cotangents: list[Tensor] = []
+            yield from node.pull_back(y, own, cotangents.append)
+            for M in cotangents:
                 JM = yield from node.interconnect(M)
                 gram.append(M.double().T @ M.double())
                 form.append(M.double().T @ JM.double())

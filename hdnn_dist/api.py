@@ -207,7 +207,7 @@ def load(run: Where) -> HDNN:
             tensors = load_agent(folder, name, manifest)
             check_tensors(name, expected, tensors)
             parts[i] = {key: tensors[f"weights/{key}"] for key in expected}
-        model = HDNN(job.architecture, job.dtype)
+        model = HDNN(job.architecture, job.dtype, fast=True)
         model.load_state_dict(job.architecture.assemble(parts))
         return model
 

@@ -98,7 +98,8 @@ class Report:
         single_exchange: the paper's condition RᵀTᵀT ≤ S.
         missing: the (i, l) for which it fails: i's update involves l, and l cannot talk to i.
         layers: per distinct layer graph, the rounds and bytes of one layer's forward pass; the
-            backward pass has as many of both.
+            backward pass has as many of both, or twice as many if it recomputes the states.
+        recompute: whether it does.
         step: the parts of a training step.
         busiest: the link that carries most.
         traffic: every link that carries something.
@@ -126,6 +127,7 @@ class Report:
     single_exchange: bool
     missing: tuple[tuple[str, str], ...]
     layers: tuple[Phase, ...]
+    recompute: bool
     step: tuple[Phase, ...]
     busiest: LinkReport | None
     traffic: tuple[LinkReport, ...]
@@ -198,6 +200,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         single_exchange=patterns.single_exchange,
         missing=tuple((names[i], names[j]) for i, j in missing.entries),
         layers=tuple(_layers(job)),
+        recompute=plan.recompute,
         step=tuple(_step(job)),
         busiest=max(traffic, key=lambda link: link.bytes, default=None),
         traffic=traffic,
@@ -391,7 +394,8 @@ def _pattern_section(report: Report) -> Iterator[RenderableType]:
 
 
 def _step_section(report: Report) -> Iterator[RenderableType]:
-    table = _table("one layer, forward (backward: the same)", "rounds", "bytes")
+    backward = "twice that, states recomputed" if report.recompute else "the same"
+    table = _table(f"one layer, forward (backward: {backward})", "rounds", "bytes")
     for phase in report.layers:
         table.add_row(phase.name, str(phase.rounds), size(phase.bytes))
     yield table

@@ -109,6 +109,7 @@ class Plan:
         mix: the round along `R`.
         collect: the rounds up the readout tree, the deepest level first.
         norm: the rounds that sum one number over all agents, likewise; empty without clipping.
+        recompute: whether the backward pass takes each half step back before its adjoint.
     """
 
     updates: tuple[Update, ...]
@@ -116,14 +117,18 @@ class Plan:
     mix: Round
     collect: tuple[Round, ...]
     norm: tuple[Round, ...] = ()
+    recompute: bool = False
 
     @classmethod
-    def of(cls, architecture: Architecture, norm_tree: Tree | None = None) -> Plan:
+    def of(
+        cls, architecture: Architecture, norm_tree: Tree | None = None, recompute: bool = False
+    ) -> Plan:
         """The plan of an architecture.
 
         Args:
             architecture: patterns, sizes, readout tree.
             norm_tree: a spanning tree over all agents if the gradient norm is to be clipped.
+            recompute: see the attribute.
 
         Raises:
             SpecError: a message would use a link that the topology does not have.
@@ -136,6 +141,7 @@ class Plan:
             mix=Round.along("mix", patterns.R, sizes),
             collect=_up(architecture.tree, "collect", architecture.classes, per_sample=True),
             norm=_up(norm_tree, "norm", 1, per_sample=False) if norm_tree else (),
+            recompute=recompute,
         )
         for phase in dict.fromkeys(plan.training_step):
             for m in phase.messages:
@@ -166,8 +172,17 @@ class Plan:
 
     @cached_property
     def backward(self) -> tuple[Round, ...]:
-        """The adjoint of each round of `forward`, in reverse."""
-        return tuple(phase.adjoint for phase in reversed(self.forward))
+        """The adjoint of each round of `forward`, in reverse.
+
+        With `recompute` the rounds of a half step are run once more before their adjoints.
+        """
+        rounds = [phase.adjoint for phase in reversed(_run(*self.collect))]
+        for j in reversed(range(len(self.states))):
+            for update in reversed(self.updates):
+                half_step = self.half_step(j, update)
+                rounds += half_step if self.recompute else ()
+                rounds += (phase.adjoint for phase in reversed(half_step))
+        return tuple(rounds)
 
     @cached_property
     def training_step(self) -> tuple[Round, ...]:

@@ -80,6 +80,11 @@ class Member:
     """Whether a matrix is strictly upper triangular."""
     updates: ClassVar[tuple[Update, ...]]
 
+    @property
+    def invertible(self) -> bool:
+        """Whether the half steps can be taken back: none changes what it is a function of."""
+        return all(update.target != update.source for update in self.updates)
+
     def step(self, y: Tensor, w: Weights) -> Tensor:
         """One layer: `y -> y⁺`, both `(…, B, N)`."""
         raise NotImplementedError

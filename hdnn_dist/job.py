@@ -131,7 +131,15 @@ class Job:
             J=J,
             X=X,
         )
-        plan = Plan.of(architecture, _norm_tree(spec, topology, tree.root))
+        recompute = spec.training.activations == "recompute"
+        if recompute and not architecture.member.invertible:
+            raise SpecError(
+                ("training", "activations"),
+                f"the forward Euler step of {spec.model.name} has no closed inverse to recompute "
+                "states by",
+                "set activations to store, or model.name to H2, MS1 or MS3",
+            )
+        plan = Plan.of(architecture, _norm_tree(spec, topology, tree.root), recompute)
         return cls(spec, topology, data, views, architecture, plan)
 
     def without(self, absent: Iterable[str]) -> Job:
@@ -177,7 +185,7 @@ class Job:
             topology=topology,
             views=tuple(whole.views[i] for i in kept),
             architecture=architecture,
-            plan=Plan.of(architecture, norm_tree),
+            plan=Plan.of(architecture, norm_tree, whole.plan.recompute),
             absent=tuple(name for name in names if name in gone),
         )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from operator import attrgetter
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hdnn_dist import engine
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.errors import UserError
 from hdnn_dist.family import FAMILY, roughness
@@ -31,6 +32,8 @@ class Layers(nn.Module):
         J: for H1: "J1", "J2", a skew-symmetric matrix `(N, N)`, or one a layer `(layers, N, N)`.
         X: for H2: any matrix `(N/2, N/2)`; default: the identity. Like `J`, in the default type.
         train_X: whether `X` is trained.
+        activations: "store" the states for the backward pass, or "recompute" them by the inverse of
+            each layer, in memory that does not depend on the depth: H2, MS1 and MS3.
 
     Raises:
         UserError: an unknown name, an odd size, or a `J` or `X` that the member does not take.
@@ -46,6 +49,7 @@ class Layers(nn.Module):
         J: str | Tensor | None = None,
         X: Tensor | None = None,
         train_X: bool = False,
+        activations: Literal["store", "recompute"] = "store",
     ) -> None:
         super().__init__()
         if member not in FAMILY:
@@ -59,6 +63,15 @@ class Layers(nn.Module):
         else:
             self.member = FAMILY[member](h, checked(activation, "given"))
         self.features, self.layers = features, layers
+        if activations not in ("store", "recompute"):
+            raise UserError(f"activations = {activations!r}", "use store or recompute")
+        if activations == "recompute" and not self.member.invertible:
+            raise UserError(
+                f"{member} has no closed inverse that activations could be recomputed by",
+                "use activations='store', or H2, MS1 or MS3",
+            )
+        self.activations = activations
+        self._rooms = engine.Buffers()
         needs_halves = member in ("H2", "MS1", "MS3") or (
             member == "H1" and (J is None or (isinstance(J, str) and J == "J1"))
         )
@@ -89,8 +102,11 @@ class Layers(nn.Module):
 
     def weights(self) -> list[dict[str, Tensor]]:
         """Each layer's weights by name, as `Member.step` takes them."""
+        return _layered(self._named(), self.layers)
+
+    def _named(self) -> dict[str, Tensor]:
         names = (*self.member.matrices, *self.member.vectors, "J", "X")
-        return _layered({n: self._weight(n) for n in names if hasattr(self, n)}, self.layers)
+        return {name: self._weight(name) for name in names if hasattr(self, name)}
 
     def _weight(self, name: str) -> Tensor:
         weight: Tensor = getattr(self, name)
@@ -114,10 +130,13 @@ class Layers(nn.Module):
         """
         self.check_states(y)
         columns = y.movedim(1, 0)  # every pixel of every sample is a state of its own
-        states = columns.flatten(1).mT  # (pixels, features)
-        for w in self.weights():
-            states = self.member.step(states, w)
-        return states.mT.reshape(columns.shape).movedim(0, 1)
+        weights = self._named()
+        if self.member.name == "H1" and "J" not in weights:
+            weights["J"] = J1(weights["b"][0])
+        coupled, recompute = "J" in weights or "X" in weights, self.activations == "recompute"
+        stack = engine.Stack.of(self.member, coupled, recompute=recompute)
+        states = engine.run(stack, self.member, columns.flatten(1), weights, self._rooms)
+        return states.reshape(columns.shape).movedim(0, 1)
 
     def check_states(self, y: Tensor) -> None:
         """Refuse what `forward` cannot take.
@@ -146,11 +165,16 @@ class HDNN(nn.Module):
     Args:
         architecture: sizes, patterns and the rest.
         dtype: of the weights.
+        fast: whether `forward` uses `hdnn_dist.engine`, on block rows where these cost less; if
+            not, it is plain autograd.
     """
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, architecture: Architecture, dtype: torch.dtype = torch.float32, fast: bool = False
+    ) -> None:
         super().__init__()
         self.architecture = architecture
+        self._rooms = engine.Buffers() if fast else None
         self.member = architecture.member
         agents = range(len(architecture.names))
         weights = architecture.assemble({i: architecture.initial(i, dtype) for i in agents})
@@ -171,9 +195,11 @@ class HDNN(nn.Module):
 
     def weights(self) -> list[dict[str, Tensor]]:
         """Each layer's masked weights by name, as `Member.step` takes them."""
+        return _layered(self._named(), self.architecture.patterns.layers)
+
+    def _named(self) -> dict[str, Tensor]:
         names = (*self.member.matrices, *self.member.vectors, *self.architecture.coupling)
-        named = {name: self.weight(name) for name in names}
-        return _layered(named, self.architecture.patterns.layers)
+        return {name: self.weight(name) for name in names}
 
     def encode(self, x: Tensor) -> Tensor:
         """Input `(B, F)` to the first state `y = [p; q]`, `(B, 2n)`."""
@@ -185,8 +211,21 @@ class HDNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores `(B, C)` of the input `(B, F)`."""
-        y = self.propagate(self.encode(x))[-1]
+        y = self.encode(x)
+        y = self.propagate(y)[-1] if self._rooms is None else self._run(y, self._rooms)
         return F.linear(y, self.weight("readout.weight"), self.weight("readout.bias"))
+
+    def _run(self, y: Tensor, buffers: engine.Buffers) -> Tensor:
+        """`y_N` of `y_0` by the engine."""
+        patterns, member = self.architecture.patterns, self.member
+        weights, sizes, rows = self._named(), set(patterns.sizes), None
+        if member.name in ("H2", "MS3") and not self.architecture.coupling and len(sizes) == 1:
+            [d] = sizes
+            if engine.rows_are_faster(patterns.K, d, len(y)):
+                rows = engine.Rows.of(patterns.K, d, y.device)
+                weights |= {name: rows.take(weights[name]) for name in member.matrices}
+        stack = engine.Stack.of(member, bool(self.architecture.coupling), rows)
+        return engine.run(stack, member, y.T, weights, buffers).T
 
     def regulariser(self) -> Tensor:
         """`h/2 Σ_j (‖K_{j+1} - K_j‖² + ‖b_{j+1} - b_j‖²)`, to be weighted by α."""

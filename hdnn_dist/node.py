@@ -12,7 +12,7 @@ both for a member that updates them at once), `y_DB` those of all agents in its 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TypeVar
 
 import torch
@@ -78,6 +78,9 @@ class AgentNode:
 
     Attributes:
         gradients: `∂loss/∂weight` by name, overwritten by every `backward`.
+
+    With `plan.recompute` the tape holds one half step at a time: the backward pass takes the half
+    steps back, in the rounds that they took forward, so that memory does not grow with the depth.
     """
 
     def __init__(
@@ -110,13 +113,14 @@ class AgentNode:
         self.columns = None if columns.all() else [row.nonzero().flatten() for row in columns]
         self.mask = None if mask.all() else mask
         self._tape: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._sums: list[Tensor] = []  # of the source of each half step: finite if all of it is
         self._input = self._first = self._output = torch.empty(0)
 
     # --- forward ----------------------------------------------------------------------------
 
     def forward(self, x_FB: Tensor) -> Exchange[Tensor]:
         """Own features `(F_i, B)` to the class scores `(C, B)`, complete at the root alone."""
-        self._tape.clear()
+        self.forget()
         self._input = x_FB
         y = self._first = self.encode(x_FB)
         for layer in range(len(self.rows)):
@@ -135,6 +139,9 @@ class AgentNode:
             u = yield from self._force(layer, update, states[update.source])
             target = states[update.target]
             states[update.target] = torch.add(target, u, alpha=update.sign * self.h)
+            if self.plan.recompute:
+                self._tape.clear()
+                self._sums.append(states[update.source].sum())
         return _joined(states)
 
     def _force(self, layer: int, update: Update, y_dB: Tensor) -> Exchange[Tensor]:
@@ -187,28 +194,47 @@ class AgentNode:
         """From `∂loss/∂scores` `(C, B)`, given at the root alone, to all `gradients`.
 
         Returns:
-            Own rows of the cotangents `∂loss/∂y_j` of the states, `j = 0 … N`, each `(2d, B)`.
+            Norms of own rows of the cotangents `∂loss/∂y_j` of the states, `j = 0 … N`, in float64.
         """
         for gradient in self.gradients.values():
             gradient.zero_()
-        y_bar = yield from self._readout_adjoint(scores_bar)
-        cotangents = yield from self.pull_back(y_bar)
-        if "encoder.weight" in self.gradients:
-            self.gradients["encoder.weight"].addmm_(cotangents[0], self._input.T)
-            self.gradients["encoder.bias"] += cotangents[0].sum(1)
-        return cotangents
+        norms: list[Tensor] = []
 
-    def pull_back(self, y_bar: Tensor) -> Exchange[list[Tensor]]:
-        """The adjoint of all layers: from `ȳ_N` `(2d, B)` to `ȳ_0 … ȳ_N`; adds to `gradients`."""
-        cotangents = [y_bar]
+        def watch(y_bar: Tensor) -> None:
+            norms.append(torch.linalg.vector_norm(y_bar, dtype=torch.float64))
+
+        y_bar = yield from self._readout_adjoint(scores_bar)
+        y_bar = yield from self.pull_back(self._output, y_bar, watch)
+        if "encoder.weight" in self.gradients:
+            self.gradients["encoder.weight"].addmm_(y_bar, self._input.T)
+            self.gradients["encoder.bias"] += y_bar.sum(1)
+        return norms[::-1]
+
+    def pull_back(
+        self, y: Tensor, y_bar: Tensor, watch: Callable[[Tensor], object]
+    ) -> Exchange[Tensor]:
+        """The adjoint of all layers: from `ȳ_N` `(2d, B)` to `ȳ_0`; adds to `gradients`.
+
+        Args:
+            y: the last state `y_N`, which those before it are recomputed from.
+            y_bar: its cotangent.
+            watch: is shown `ȳ_N … ȳ_0`.
+        """
+        states = self._states(y)
+        watch(y_bar)
         for layer in reversed(range(len(self.rows))):
-            bars = self._states(cotangents[-1])
+            bars = self._states(y_bar)
             for update in reversed(self.member.updates):
+                if self.plan.recompute:
+                    u = yield from self._force(layer, update, states[update.source])
+                    target = states[update.target]
+                    states[update.target] = torch.sub(target, u, alpha=update.sign * self.h)
                 u_bar = update.sign * self.h * bars[update.target]
                 more = yield from self._force_adjoint(layer, update, u_bar)
                 bars[update.source] = bars[update.source] + more
-            cotangents.append(_joined(bars))
-        return cotangents[::-1]
+            y_bar = _joined(bars)
+            watch(y_bar)
+        return y_bar
 
     def _force_adjoint(self, layer: int, update: Update, u_bar: Tensor) -> Exchange[Tensor]:
         """The adjoint of `_force`: `ū` to `ȳ`, each round of it turned round, in reverse.
@@ -276,7 +302,7 @@ class AgentNode:
         if not torch.isfinite(self._first).all():
             return 0
         updates = len(self.member.updates)
-        for k, (y, *_) in enumerate(self._tape):
+        for k, y in enumerate(self._sums or [source for source, *_ in self._tape]):
             if not torch.isfinite(y).all():
                 return math.ceil(k / updates)  # the second update's source is new already
         return len(self.rows)
@@ -284,6 +310,7 @@ class AgentNode:
     def forget(self) -> None:
         """Drop what a forward pass without a backward pass has kept."""
         self._tape.clear()
+        self._sums.clear()
 
     def energy(self, layer: int, y: Tensor) -> Exchange[Tensor]:
         """Own terms of `H_j(y) = Σ σ̃(K y + b)` of a layer at own states `(2d, B)`: `(B,)`."""

@@ -466,6 +466,12 @@ class TrainingSpec(Section):
     batch_size: Count = 64
     optimizer: Optimizer = Adam()
     schedule: Schedule = Constant()
+    activations: Literal["store", "recompute"] = Field(
+        default="store",
+        description="store: an agent keeps its states of all layers for the backward pass. "
+        "recompute: of the last layer alone, and each layer is taken back, which costs the "
+        "forward's rounds once more; for H2, MS1 and MS3.",
+    )
     clip_norm: Positive | None = Field(
         default=None,
         description="Clip the gradient of all agents to this norm, summed over the tree.",

@@ -79,6 +79,9 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
                 "batch_size": draw(st.integers(1, 5)),
                 "alpha": draw(st.sampled_from([0.0, 0.1])),
                 "clip_norm": draw(st.sampled_from([None, 0.5, 1e6])),
+                "activations": "store"
+                if member in ("H1", "MS2")
+                else draw(st.sampled_from(["store", "recompute"])),
                 "seed": draw(st.integers(0, 100)),
                 "dtype": dtype,
             },

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+
 import pytest
 from hypothesis import given
 
@@ -27,8 +30,17 @@ def test_the_adjoint_turns_every_message_round(job: Job) -> None:
 
 @given(jobs())
 def test_backward_is_the_adjoint_of_forward_in_reverse(job: Job) -> None:
-    forward, backward = job.plan.forward, job.plan.backward
-    assert [phase.adjoint for phase in reversed(backward)] == list(forward)
+    plan = dataclasses.replace(job.plan, recompute=False)
+    assert [phase.adjoint for phase in reversed(plan.backward)] == list(plan.forward)
+
+
+@given(jobs())
+def test_recomputing_runs_the_rounds_of_the_layers_once_more(job: Job) -> None:
+    store, recompute = (dataclasses.replace(job.plan, recompute=r) for r in (False, True))
+    scores = len([phase for phase in job.plan.collect if phase.messages])
+    again = Counter(store.forward[: len(store.forward) - scores])
+    assert Counter(recompute.backward) == Counter(store.backward) + again
+    assert recompute.forward == store.forward
 
 
 @given(jobs())

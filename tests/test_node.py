@@ -129,3 +129,33 @@ def test_a_deep_network_keeps_its_accuracy() -> None:
     first = worker.agents[0].node.gradients["Kp"][0]
     assert_close(first, first.clamp(-1e3, 1e3), "gradients at the first layer")
     assert first.norm() > 1e-6, "the gradient vanishes"
+
+
+@pytest.mark.parametrize("member", ["H2", "MS1", "MS3"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+def test_recomputed_states_give_the_gradients_of_stored_ones_at_1024_layers(
+    member: str, dtype: str, tolerance: float
+) -> None:
+    losses, found = [], []
+    for activations in ("store", "recompute"):
+        settings = [f"training.activations={activations}", f"training.dtype={dtype}"]
+        depth = ["model.layers=1024", "model.h=0.004", f"model.name={member}"]
+        small = ["topology.agents=3", "topology.edges.args.n=3", "training.batch_size=8"]
+        job = Job.load(None, [*depth, *settings, *small])
+        worker = Worker(job, range(3), in_process(job))
+        losses += worker.train(1)
+        found.append(
+            [g for _, agent in sorted(worker.agents.items()) for g in agent.node.gradients.values()]
+        )
+    assert losses[0] == losses[1]
+    for stored, recomputed in zip(*found, strict=True):
+        assert (stored - recomputed).abs().max() <= tolerance * stored.abs().max()
+
+
+def test_a_state_that_is_not_finite_is_found_where_none_is_stored() -> None:
+    for activations in ("store", "recompute"):
+        job = Job.load(None, [f"training.activations={activations}", "model.activation=relu"])
+        worker = Worker(job, range(8), in_process(job))
+        worker.agents[2].weights["Kp"].data[3] = 1e30
+        worker.train(1)
+        assert min(worker.faults()).what == "the state y_4", activations

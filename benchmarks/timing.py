@@ -1,0 +1,41 @@
+"""Times of several functions from one run: they take turns, and the median of each counts."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+
+Call = Callable[[], object]
+
+
+def alternated(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    """The median seconds of each call, over so many rounds in which each has its turn."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
+def product_rate(n: int = 1024, rounds: int = 9) -> float:
+    """Floating-point operations a second of a large matrix product, as measured now."""
+    A = torch.randn(n, n)
+    return 2 * n**3 / alternated({"mm": lambda: A @ A}, rounds)["mm"]
+
+
+def machine() -> str:
+    """The processor, the threads and the version of torch, in a line."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    cpu = f"{names[0]}, {len(names)} cores" if names else platform.processor()
+    return f"{cpu}; {torch.get_num_threads()} thread(s); torch {torch.__version__}"
