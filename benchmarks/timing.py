@@ -1,4 +1,8 @@
-"""Times of several functions from one run: they take turns, and the median of each counts."""
+"""Times of several functions from one run: they take turns, and the median of each counts.
+
+What counts is the time of the processor, of one thread: that of the wall on a machine that has
+nothing else to do, and little changed by what others do on one that has.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,15 @@ Call = Callable[[], object]
 
 
 def alternated(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-    """The median seconds of each call, over so many rounds in which each has its turn."""
+    """The median CPU seconds of each call, over so many rounds in which each has its turn."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: median(seconds) for name, seconds in times.items()}
 
 

@@ -57,6 +57,25 @@ def test_a_model_that_the_graph_cannot_have_is_refused(
         report(topology=line("abc") | topology, model=model)
 
 
+@pytest.mark.parametrize("name", ["H1", "MS2"])
+def test_states_that_no_inverse_recomputes_are_refused(name: str) -> None:
+    with pytest.raises(SpecError, match=r"training\.activations: .*no closed inverse.*set activa"):
+        report(topology=line("ab"), model={"name": name}, training={"activations": "recompute"})
+
+
+def test_recomputing_is_told_in_rounds_and_bytes() -> None:
+    stored, again = (
+        report(topology=line("abc"), training={"activations": way})
+        for way in ("store", "recompute")
+    )
+    [forward, *_, _], [*_, backward, _] = stored.step, again.step
+    assert (backward.rounds, backward.bytes) == (2 * forward.rounds, 2 * forward.bytes)
+    assert "backward: twice that, states recomputed" in shown(again)
+    assert "backward: the same" in shown(stored)
+    moved = [sum(link.bytes for link in found.traffic) for found in (stored, again)]
+    assert moved[1] - moved[0] == forward.bytes
+
+
 @pytest.mark.parametrize("name", ["H1", "H2", "MS1", "MS2", "MS3"])
 def test_every_member_runs_on_an_undirected_graph(name: str) -> None:
     found = report(topology=line("abc"), model={"name": name})

@@ -140,9 +140,9 @@ def test_recomputed_states_give_the_gradients_of_stored_ones_at_1024_layers(
     for activations in ("store", "recompute"):
         settings = [f"training.activations={activations}", f"training.dtype={dtype}"]
         depth = ["model.layers=1024", "model.h=0.004", f"model.name={member}"]
-        small = ["topology.agents=3", "topology.edges.args.n=3", "training.batch_size=8"]
+        small = ["topology.agents=2", "topology.edges.args.n=2", "training.batch_size=8"]
         job = Job.load(None, [*depth, *settings, *small])
-        worker = Worker(job, range(3), in_process(job))
+        worker = Worker(job, range(2), in_process(job))
         losses += worker.train(1)
         found.append(
             [g for _, agent in sorted(worker.agents.items()) for g in agent.node.gradients.values()]
