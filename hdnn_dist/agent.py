@@ -166,9 +166,8 @@ class Agent:
         self._regularise()
         self.fault = self._find_fault(step, first_state, norms)
         if self.fault is None and not math.isfinite(loss):
-            self.fault = Fault(
-                step + 1, self.job.architecture.patterns.layers, self.name, "the loss"
-            )
+            after_layers = self.job.architecture.patterns.layers + 0.5
+            self.fault = Fault(step + 1, after_layers, self.name, "the loss")
         norm = yield from self._clip()
         lr = self._set_learning_rate(step)
         if norm is not None and not math.isfinite(norm):
@@ -192,11 +191,11 @@ class Agent:
             return None
         for j in reversed(range(N + 1)):
             if not torch.isfinite(norms[j]):
-                return Fault(step + 1, 2 * N - j, self.name, f"the cotangent ∂loss/∂y_{j}")
+                return Fault(step + 1, 2 * N + 1 - j, self.name, f"the cotangent ∂loss/∂y_{j}")
         for name, gradient in gradients.items():
             if not torch.isfinite(gradient).all():
-                return Fault(step + 1, 2 * N + 1, self.name, f"the gradient of {name}")
-        return Fault(step + 1, 2 * N + 1, self.name, "the norm of the gradient")
+                return Fault(step + 1, 2 * N + 2, self.name, f"the gradient of {name}")
+        return Fault(step + 1, 2 * N + 2, self.name, "the norm of the gradient")
 
     def evaluate(self, part: Part, start: int, stop: int) -> Exchange[tuple[float, int] | None]:
         """Summed loss and number of right answers over some samples; None but at the root."""
