@@ -31,7 +31,7 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -43,6 +43,7 @@ from hdnn_dist.spec import AgentName
 FORMAT = 1
 MAX_MANIFEST = 64 << 20  # bytes; it has some 150 for each agent
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
 log = logging.getLogger("hdnn_dist")
 
 
@@ -60,7 +61,7 @@ class Totals(BaseModel):
 
     seconds: Amount = 0.0
     training_seconds: Amount = 0.0
-    bytes_sent: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    bytes_sent: Whole = 0
     best_test_accuracy: Amount = 0.0
 
 
@@ -79,7 +80,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: int = FORMAT
-    step: NonNegativeInt
+    step: Whole
     state: str
     files: dict[AgentName, str]
     totals: Totals
