@@ -148,7 +148,11 @@ def serve() -> None:
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(limit, (most, hard))
     name, given, directed = json.load(sys.stdin)
-    sys.stdout.write(json.dumps(_called(name, given, directed)))
+    try:
+        answer = json.dumps(_called(name, given, directed))
+    except MemoryError:
+        answer = '{"stopped": true}'
+    sys.stdout.write(answer)
 
 
 def _called(name: str, given: dict[str, Any], directed: bool) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def _called(name: str, given: dict[str, Any], directed: bool) -> dict[str, Any]:
     try:
         graph = function(*bound.args, **bound.kwargs)
     except MemoryError:
-        return {"stopped": True}
+        raise
     except Exception as error:  # the user's values, deep in networkx: it may raise anything
         return {"fails": " ".join(str(error).split())[:1000] or type(error).__name__}
     if not isinstance(graph, nx.Graph):
