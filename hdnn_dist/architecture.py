@@ -107,6 +107,10 @@ class Architecture:
         constant = {"encoder.weight", "encoder.bias"} if self.encoder == "pad" else set()
         return frozenset(constant | {"J"} | (set() if self.train_X else {"X"}))
 
+    @cached_property
+    def _reading(self) -> frozenset[int]:
+        return frozenset(self.readers)
+
     def stacked(self, agents: tuple[int, ...], whole: bool = False) -> Tensor:
         """Positions in `p` of the states of `agents`, one after the other; if whole, in `y`."""
         rows = [torch.arange(self.n)[self.rows[l]] for l in agents]
@@ -143,7 +147,7 @@ class Architecture:
             couples = (rows[:, None], self.stacked(self.patterns.R.rows[i], whole))
             per_layer = self.J is not None and self.J.dim() == 3
             blocks[self.coupling[0]] = (everything, *couples) if per_layer else couples
-        if i in self.readers:
+        if i in self._reading:
             blocks["readout.weight"] = (everything, both)
         if i == self.tree.root:
             blocks["readout.bias"] = (everything,)
@@ -216,7 +220,7 @@ class Architecture:
                 ],
                 dim=1,
             )
-        if i in self.readers:
+        if i in self._reading:
             weights["readout.weight"] = gaussian(C, 2 * d, inputs=2 * self.n)
         if i == self.tree.root:
             weights["readout.bias"] = torch.zeros(C, dtype=dtype)
@@ -295,7 +299,7 @@ class Architecture:
             total += 2 * d * (len(self.columns[i]) + 1)
         if self.train_X:
             total += d * sum(self.patterns.sizes[l] for l in self.patterns.R.rows[i])
-        return total + (2 * d * C if i in self.readers else 0) + (C if i == self.tree.root else 0)
+        return total + (2 * d * C if i in self._reading else 0) + (C if i == self.tree.root else 0)
 
     def count_dense(self) -> int:
         """How many numbers the same model trains on the complete graph."""

@@ -27,7 +27,9 @@ from hdnn_dist.sparsity import BlockPattern
 DRAWN = 32  # agents up to which patterns are drawn
 LISTED = 32  # agents, links or actors up to which all are listed
 NAMED = 5  # examples that a line names
-GAP_UP_TO = 2000  # agents up to which the spectral gap is computed: its cost is cubic
+# Up to so many agents, and paths of two hops, is computed what takes their square, or cube.
+EXAMINED_AGENTS = 2000
+EXAMINED_PATHS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ class Report:
         edges: of the graph; an undirected edge counts once.
         directed, two_way: as in `Topology`.
         links: pairs of agents that may exchange messages.
+        examined: whether the graph is small enough for `diameter`, `spectral_gap`, the
+            compositions, `single_exchange`, `missing` and `layers_to_cross`; else they are empty.
         diameter: directions aside; None if the graph is not connected.
-        spectral_gap: as in `Topology`; None for a single agent and for very many.
+        spectral_gap: as in `Topology`; None for a single agent.
         patterns: T for each distinct layer graph, R, and their compositions.
         single_exchange: the paper's condition RᵀTᵀT ≤ S.
         missing: the (i, l) for which it fails: i's update involves l, and l cannot talk to i.
@@ -121,10 +125,11 @@ class Report:
     directed: bool
     two_way: bool
     links: int
+    examined: bool
     diameter: int | None
     spectral_gap: float | None
     patterns: tuple[PatternReport, ...]
-    single_exchange: bool
+    single_exchange: bool | None
     missing: tuple[tuple[str, str], ...]
     layers: tuple[Phase, ...]
     recompute: bool
@@ -171,7 +176,9 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         for (source, target), amount in sorted(sent.items())
     )
     crossing = [n for (source, target), n in sent.items() if host[source] != host[target]]
-    missing = patterns.composed - patterns.S
+    paths = sum(len(row) ** 2 for row in patterns.K.rows)
+    examined = M <= EXAMINED_AGENTS and paths <= EXAMINED_PATHS
+    missing = (patterns.composed - patterns.S).entries if examined else ()
     report = Report(
         topology=topology.name,
         data=job.data.name,
@@ -194,11 +201,12 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         directed=topology.directed,
         two_way=topology.two_way,
         links=len({frozenset(entry) for entry in patterns.S.entries}) - M,
-        diameter=topology.diameter,
-        spectral_gap=topology.spectral_gap if M <= GAP_UP_TO else None,
-        patterns=tuple(_patterns(job)),
-        single_exchange=patterns.single_exchange,
-        missing=tuple((names[i], names[j]) for i, j in missing.entries),
+        examined=examined,
+        diameter=topology.diameter if examined else None,
+        spectral_gap=topology.spectral_gap if examined else None,
+        patterns=tuple(_patterns(job, composed=examined)),
+        single_exchange=patterns.single_exchange if examined else None,
+        missing=tuple((names[i], names[j]) for i, j in missing),
         layers=tuple(_layers(job)),
         recompute=plan.recompute,
         step=tuple(_step(job)),
@@ -207,7 +215,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         parameters=job.parameters,
         dense_parameters=architecture.count_dense(),
         depth=patterns.layers,
-        layers_to_cross=patterns.layers_to_cross(),
+        layers_to_cross=patterns.layers_to_cross() if examined else None,
         root=names[job.root],
         tree_depth=len(architecture.tree.levels),
         actors=tuple(
@@ -227,7 +235,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
     return replace(report, warnings=tuple(_warnings(job, report)))
 
 
-def _patterns(job: Job) -> Iterator[PatternReport]:
+def _patterns(job: Job, composed: bool) -> Iterator[PatternReport]:
     patterns = job.architecture.patterns
     R = patterns.R
 
@@ -237,7 +245,7 @@ def _patterns(job: Job) -> Iterator[PatternReport]:
     for T, layers in _layers_by_graph(job).items():
         where = "" if len(layers) == patterns.layers else f" in layers {_few(map(str, layers))}"
         yield row(f"T{where}", T)
-        if any(update.pull for update in patterns.updates):
+        if composed and any(update.pull for update in patterns.updates):
             yield row(f"TᵀT{where}", T.T @ T)
             yield row(f"RᵀTᵀT{where}", R.T @ T.T @ T)
     yield row("R", R)
@@ -288,14 +296,16 @@ def _unread(job: Job) -> list[str]:
 
 def _warnings(job: Job, report: Report) -> Iterator[str]:
     depth, crosses = report.depth, report.layers_to_cross
-    if crosses is None:
+    if not report.examined:
+        yield "the graph is too large to tell how far information goes in it, or its diameter"
+    elif crosses is None:
         yield "information never crosses the graph, however many layers: connect its parts"
     elif crosses > depth:
         yield (
             f"information needs {crosses} layers to cross the graph, but there are {depth}: "
             f"set model.layers to {crosses} or more, or add edges"
         )
-    if unread := _unread(job):
+    if report.examined and (unread := _unread(job)):
         yield (
             f"the scores do not depend on the input of {_few(unread)}: "
             "add layers or edges, or read at more agents (model.readout.agents)"
@@ -346,11 +356,12 @@ def _graph_section(report: Report) -> Iterator[RenderableType]:
     if report.directed and not report.two_way:
         kind += ", one-way links"
     yield Text(f"{report.topology} learns {report.data} by {report.model}", style="bold")
-    yield Text(
-        f"{len(report.agents)} agents, {report.edges} edges ({kind}), {report.links} links, "
-        f"diameter {'infinite' if report.diameter is None else report.diameter}, spectral gap "
-        + ("not computed" if report.spectral_gap is None else f"{report.spectral_gap:.4f}")
-    )
+    text = f"{len(report.agents)} agents, {report.edges} edges ({kind}), {report.links} links"
+    if report.examined:
+        text += f", diameter {'infinite' if report.diameter is None else report.diameter}"
+    if report.spectral_gap is not None:
+        text += f", spectral gap {report.spectral_gap:.4f}"
+    yield Text(text)
     share = report.parameters / report.dense_parameters
     yield Text(
         f"{report.parameters:,} parameters, {share:.1%} of the {report.dense_parameters:,} of the "
@@ -380,6 +391,8 @@ def _pattern_section(report: Report) -> Iterator[RenderableType]:
         for pattern in report.patterns:
             table.add_row(pattern.symbol, f"{pattern.density:.2%}")
         yield table
+    if not report.examined:
+        return
     if report.single_exchange:
         yield Text("RᵀTᵀT ≤ S holds: one exchange of neighbours' states would do for a half step")
     else:

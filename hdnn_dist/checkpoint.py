@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -43,6 +43,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _NAMES = TypeAdapter(list[AgentName])
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
 log = logging.getLogger("hdnn_dist")
 
 
@@ -60,7 +61,7 @@ class Totals(BaseModel):
 
     seconds: Amount = 0.0
     training_seconds: Amount = 0.0
-    bytes_sent: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    bytes_sent: Whole = 0
     best_test_accuracy: Amount = 0.0
 
 
@@ -80,7 +81,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: int = FORMAT
-    step: NonNegativeInt
+    step: Whole
     state: str
     files: dict[AgentName, str]
     totals: Totals

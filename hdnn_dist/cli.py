@@ -6,6 +6,7 @@ torch and ray take seconds to import, so the commands import what they need, whe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from hdnn_dist import __version__
-from hdnn_dist.errors import CheckpointError, HdnnError, UserError
+from hdnn_dist.errors import CheckpointError, HdnnError, UserError, on_a_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,12 +145,14 @@ def _interrupt_sets(stop: threading.Event) -> Iterator[threading.Event]:
 
 
 def _report(error: HdnnError | OSError) -> int:
-    """Print an error; its exit code."""
+    """Print an error; its exit code, 2 also for a name too long for a file."""
     said = str(error)
     if isinstance(error, OSError):  # a full disk has no file name
         said = ": ".join(str(part) for part in (error.filename, error.strerror) if part) or said
+        said = on_a_line(said)
     print(f"error: {said}", file=sys.stderr)
-    return 2 if isinstance(error, UserError) else 1
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return 2 if too_long or isinstance(error, UserError) else 1
 
 
 def _print_version(wanted: bool) -> None:

@@ -41,8 +41,8 @@ class UserError(HdnnError, ValueError):
     """
 
     def __init__(self, problem: str, mend: str) -> None:
-        self.problem = _on_a_line(problem)
-        self.mend = _on_a_line(mend)
+        self.problem = on_a_line(problem)
+        self.mend = on_a_line(mend)
         super().__init__(problem, mend)  # as given, so that it travels between processes whole
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class SpecError(UserError):
 
     def __str__(self) -> str:
         path = ".".join(str(part) for part in self.loc)
-        place = ": ".join(_on_a_line(part) for part in (self.where, path) if part)
+        place = ": ".join(on_a_line(part) for part in (self.where, path) if part)
         return f"{place}: {self.problem}; {self.mend}" if place else super().__str__()
 
 
@@ -120,7 +120,7 @@ class TransportError(LostError):
     """A message could not be sent or received; names the agents and the round."""
 
 
-def _on_a_line(text: str) -> str:
+def on_a_line(text: str) -> str:
     """The text without its middle where it is long, and without line breaks and control codes."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"

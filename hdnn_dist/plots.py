@@ -109,9 +109,9 @@ def _gradients(networks: Sequence[Json], file: Place) -> Place:
     return _save(figure, panels[-1], file)
 
 
-def _drawn(value: float) -> float:
-    """A value where a logarithmic axis can show it."""
-    return min(max(value, _FLOOR), _CEILING)
+def _drawn(value: float | None) -> float:
+    """A value where a logarithmic axis can show it; nowhere if it is None, JSON's no number."""
+    return math.nan if value is None else min(max(value, _FLOOR), _CEILING)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

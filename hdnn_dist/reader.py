@@ -426,6 +426,8 @@ def _user_path(error: ErrorDetails, data: Any) -> Place:
 def _say(errors: Sequence[ErrorDetails]) -> tuple[str, str]:
     """Problem and mend for the errors of one value (several where a union has no tags)."""
     first = errors[0]
+    if first["type"] == "json_invalid":  # half a surrogate pair, or more than 200 levels
+        return f"not plain data: {first['ctx']['error']}", "use plain text, and few levels"
     value, context = first["input"], first.get("ctx", {})
     key = str(first["loc"][-1])
     match first["type"]:

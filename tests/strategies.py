@@ -1,6 +1,12 @@
-"""Hypothesis strategies: jobs on any small graph, in every way the graph can enter the model."""
+"""Hypothesis strategies: jobs on any small graph, in every way the graph can enter the model.
+
+And what is wrong: any plain value, a value with a part of it changed, bytes that were damaged.
+"""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -127,3 +133,75 @@ def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:
 def in_process(job: Job, cls: type[InProcess] = InProcess) -> InProcess:
     """The transport of a job whose agents share a process."""
     return cls(job.architecture.patterns.S, job.topology.names, job.dtype)
+
+
+# --- what is wrong -------------------------------------------------------------------------------
+
+HOSTILE = (0, -1, 2**31, 2**63, 10**9, 10**30, -(10**400), 1e308, float("inf"), float("nan"))
+NASTY = ("", "a/b", "../../x", "/etc/passwd", "a\0b", "a\nb", ".", "~nobody/x", "é\x85", "x" * 5000)
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.floats(width=32),
+    st.sampled_from(HOSTILE),
+    st.sampled_from(NASTY),
+    st.text(max_size=8),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def changed(draw: st.DrawFn, value: Any) -> Any:
+    """`value`, plain data, with up to three of its parts replaced, dropped, renamed or doubled."""
+    result = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        holders = [holder for holder in _holders(result) if holder]
+        if not holders:
+            return draw(values)
+        holder = draw(st.sampled_from(holders))
+        key = draw(st.sampled_from(range(len(holder)) if isinstance(holder, list) else [*holder]))
+        match draw(st.sampled_from(["replace", "drop", "rename", "double", "swap"])):
+            case "replace":
+                holder[key] = draw(values)
+            case "drop":
+                del holder[key]
+            case "double" if isinstance(holder, list):
+                holder.insert(key, copy.deepcopy(holder[key]))
+            case "rename" | "double" if isinstance(holder, dict):
+                holder[draw(st.text(max_size=6) | st.sampled_from(NASTY))] = holder.pop(key)
+            case _:  # by a part from elsewhere
+                holder[key] = copy.deepcopy(draw(st.sampled_from(holders)))
+    return result
+
+
+def _holders(value: Any) -> list[Any]:
+    children = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        return []
+    return [value, *(holder for child in children for holder in _holders(child))]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """`content` with up to three runs of bytes overwritten, cut out, put in or repeated."""
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, min(len(content), 400)) | st.integers(0, len(content)))
+        end = min(len(content), start + draw(st.sampled_from([0, 1, 2, 8, 60, 10**9])))
+        match draw(st.sampled_from(["overwrite", "cut", "put", "repeat"])):
+            case "overwrite":
+                new = draw(st.binary(min_size=1, max_size=8))
+                content = content[:start] + new + content[start + len(new) :]
+            case "cut":
+                content = content[:start] + content[end:]
+            case "put":
+                content = content[:start] + draw(st.binary(max_size=40)) + content[start:]
+            case _:
+                content = content[:start] + 3 * content[start:end] + content[start:]
+    return content

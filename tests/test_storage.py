@@ -17,7 +17,7 @@ from hdnn_dist.errors import CheckpointError, StorageError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.run import create, reopen
-from hdnn_dist.storage import Log, Place, kind, names, place, read, remove, write
+from hdnn_dist.storage import Log, Place, kind, names, place, read, read_text, remove, write
 from hdnn_dist.trainer import LocalRunner
 
 TINY = ["data.train_samples=128", "model.layers=1", "training.epochs=2"]
@@ -194,3 +194,29 @@ def test_memory_is_refused_where_actors_would_write(capsys: pytest.CaptureFixtur
 
     with pytest.raises(CheckpointError, match="no Ray actor can write"):
         hdnn_dist.fit(Elsewhere(), "memory://new/run")  # type: ignore[arg-type]
+
+
+def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"12345")
+    assert read(file, 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 0 MiB") as caught:
+        read(file, 4)
+    assert caught.value.errno == errno.EFBIG
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "y", 5)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_name_that_no_file_has_is_an_os_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no file has such a name"):
+        read(tmp_path / name, 5)
+
+
+def test_text_has_no_byte_order_mark_and_lines_end_alike(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes("\ufeffé\r\nb\rc\n".encode())
+    assert read_text(file, 99) == "é\nb\nc\n"
+    file.write_bytes(b"\xe9")
+    with pytest.raises(UnicodeDecodeError):
+        read_text(file, 99)
