@@ -138,6 +138,8 @@ def read_mnist(folder: Path, part: Part, content: Content, n: int) -> Iterator[A
     size = math.prod(shape[1:])
     try:
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > 2 * _length(part, content) + (1 << 20):
+                raise DataError(f"{path} is larger than a file of {content} can be", mend)
             # By content, not by name: browsers unpack a .gz and keep its name.
             zipped = file.peek(2)[:2] == b"\x1f\x8b"
             stream = gzip.GzipFile(fileobj=file) if zipped else file

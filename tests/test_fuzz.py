@@ -129,8 +129,8 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     huge = tmp_path / "huge.yaml"
     huge.write_text("topology: {agents: 2}\n#")
     os.truncate(huge, 100 << 30)
-    assert "larger than 64 MiB" in limited(READ, huge)
-    assert "larger than 64 MiB" in limited(READ, "/dev/zero")
+    assert "larger than 128 MiB" in limited(READ, huge)
+    assert "not a regular file" in limited(READ, "/dev/zero")
 
 
 def test_values_are_counted_as_they_are_read_and_before_they_are_written(
@@ -351,7 +351,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def refused(run: Path, says: str, error: type[CheckpointError] = DamagedError) -> None:
     """Loading, resuming and evaluating alike refuse the run."""
-    job = reopen(run)
+    job = Job.load(run / "spec.yaml")
     for use in (
         lambda: hdnn_dist.load(run),
         lambda: restore(LocalRunner(job), run),
@@ -475,7 +475,7 @@ def test_garbage_beside_the_checkpoints_is_passed_over(content: bytes, run: Path
     for name in ("summary.json", "metrics.jsonl"):
         (run / name).write_bytes(content)
     assert read_metrics(run) == []
-    job = reopen(run)
+    job = Job.load(run / "spec.yaml")
     assert finished(job, run) is None
     (run / "spec.yaml").write_bytes(content)
     with pytest.raises(SpecError):
