@@ -87,23 +87,24 @@ def leaks(kind: str, arrays: Sequence[np.ndarray], sent: Iterable[bytes]) -> int
     stream = b"".join(blob + bytes(-len(blob) % 8) for blob in sent)
     if kind == "labels":
         types = (np.uint8, np.int32, np.int64, np.float32, np.float64)
-        return sum(hits(a.astype(t), stream, 16) for a in arrays for t in types)
-    return sum(hits(a, stream, 1 if a.itemsize == 8 else 4) for a in arrays)
+        return sum(hits([a.astype(t) for a in arrays], stream, 16) for t in types)
+    return hits(arrays, stream, 1 if arrays[0].itemsize == 8 else 4)
 
 
-def hits(array: np.ndarray, stream: bytes, length: int) -> int:
-    bits = np.dtype(f"u{array.itemsize}")
+def hits(arrays: Sequence[np.ndarray], stream: bytes, length: int) -> int:
+    """How many pieces of arrays of one type, along any axis, are in a stream of such numbers."""
+    bits = np.dtype(f"u{arrays[0].itemsize}")
     mine = []
-    for axis in range(array.ndim):
-        rows = np.ascontiguousarray(np.moveaxis(array, axis, -1))
-        # Zeros and ones alone say nothing: X is the identity, and much is zero at first.
-        told = np.lib.stride_tricks.sliding_window_view(
-            ~np.isin(rows, (0, 1)), min(length, rows.shape[-1]), -1
-        ).any(-1)
-        if rows.shape[-1] >= length:
-            mine.append(pieces(rows.view(bits), length)[told])
+    for array in arrays:
+        for axis in range(array.ndim):
+            rows = np.ascontiguousarray(np.moveaxis(array, axis, -1))
+            if rows.shape[-1] < length:
+                continue
+            # Zeros and ones alone say nothing: X is the identity, and much is zero at first.
+            telling = np.lib.stride_tricks.sliding_window_view(~np.isin(rows, (0, 1)), length, -1)
+            mine.append(pieces(rows.view(bits), length)[telling.any(-1)])
     theirs = pieces(np.frombuffer(stream, bits), length)
-    return int(np.isin(theirs, np.concatenate(mine)).sum()) if mine else 0
+    return int(np.isin(theirs, np.unique(np.concatenate(mine))).sum())
 
 
 def pieces(rows: np.ndarray, length: int) -> np.ndarray:
@@ -204,6 +205,7 @@ class Listening(RayRunner):
         return answers
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(("encoder", "dtype"), [("linear", "float64"), ("pad", "float32")])
@@ -238,5 +240,5 @@ def test_no_secret_is_in_what_actors_send_or_answer(
         raw = encoder == "pad" and kind == "inputs"
         assert (leaks(kind, arrays, sent) > 0) == raw, kind
         assert leaks(kind, arrays, answers) == 0, kind
-        betrayed = pickle.dumps(arrays)
+        betrayed = pickle.dumps(next(a for a in reversed(arrays) if (a != 0).any() and a.size > 16))
         assert leaks(kind, arrays, [betrayed[k:] for k in range(8)]) > 0, kind

@@ -2,13 +2,13 @@
 # Two sites on one machine: network namespaces with a wire between them, WireGuard over the wire,
 # a Ray node and an actor at each, and a look at what passes over the wire. Needs the commands
 # ip, unshare, nsenter, tcpdump, wg, wg-quick and wireguard-go (or a kernel with WireGuard), and
-# hdnn-dist; as an ordinary user where the kernel lets one make namespaces.
+# hdnn-dist. Run it as root; all that it makes is gone when it ends.
 #
 #   deploy/wireguard/try.sh
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 if [ "${1:-}" != inside ]; then
-    exec unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc "$0" inside
+    exec unshare --net --mount --pid --fork --kill-child --mount-proc "$0" inside
 fi
 
 work=$(mktemp -d)
@@ -43,7 +43,7 @@ for s in a b; do
     chmod 600 "$work/$s/wg0.conf"
     site $s wg-quick up "$work/$s/wg0.conf"
 done
-site a tcpdump -Z root -i wire-a -n -U -w "$work/wire.pcap" 2> "$work/tcpdump.log" &
+site a tcpdump -Z root --immediate-mode -i wire-a -n -U -w "$work/wire.pcap" 2> "$work/tcpdump.log" &
 dump=$!
 
 node=(ray start --block --num-cpus=1 --disable-usage-stats)
@@ -59,6 +59,7 @@ site a hdnn-dist train --address "${tunnel[a]}:6379" --run "$work/run" \
 kill $dump
 wait $dump || true
 site a wg show wg0
-count() { tcpdump -n -r "$work/wire.pcap" "$@" 2> /dev/null | wc -l; }
-echo "on the wire: $(count udp port 51820) packets of WireGuard," \
-    "$(count not arp and not icmp6 and not udp port 51820) others"
+passed() { tcpdump -Z root -n -r "$work/wire.pcap" "$@" 2> /dev/null; }
+others='not udp port 51820 and not arp and not ip6 multicast' # the last two: neighbours finding each other
+echo "on the wire: $(passed udp port 51820 | wc -l) packets of WireGuard, $(passed "$others" | wc -l) others"
+passed "$others"
