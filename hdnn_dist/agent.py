@@ -162,7 +162,7 @@ class Agent:
             scores_bar /= len(index)
         norms = yield from self.node.backward(scores_bar)
         if (step + 1) % self.job.steps_per_epoch == 0:
-            self.gradient_squares = torch.stack(norms).square()
+            self.gradient_squares = norms.square()
         self._regularise()
         self.fault = self._find_fault(step, first_state, norms)
         if self.fault is None and not math.isfinite(loss):
@@ -179,9 +179,7 @@ class Agent:
             return None
         return StepResult(step + 1, loss / len(index), correct, len(index), lr, norm)
 
-    def _find_fault(
-        self, step: int, first_state: int | None, norms: Sequence[Tensor]
-    ) -> Fault | None:
+    def _find_fault(self, step: int, first_state: int | None, norms: Tensor) -> Fault | None:
         """The first number of a step that is not finite, given the cotangents' norms."""
         N = len(norms) - 1
         if first_state is not None:
@@ -232,7 +230,7 @@ class Agent:
                 y = yield from node.layer(layer, y)
             gram, form = [], []
             cotangents: list[Tensor] = []
-            yield from node.pull_back(y, own, cotangents.append)
+            yield from node.pull_back(y, own, lambda _, M: cotangents.append(M))  # noqa: B023
             for M in cotangents:
                 JM = yield from node.interconnect(M)
                 gram.append(M.double().T @ M.double())

@@ -113,7 +113,12 @@ class AgentNode:
         self.columns = None if columns.all() else [row.nonzero().flatten() for row in columns]
         self.mask = None if mask.all() else mask
         self._tape: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._sums: list[Tensor] = []  # of the source of each half step: finite if all of it is
+        # Of each half step's source, whose sum is finite if all of it is. One tensor: small ones
+        # that stay among large ones that go would scatter them over ever more memory.
+        updates = len(self.member.updates)
+        self._sums = None
+        if plan.recompute:
+            self._sums = torch.zeros(len(self.rows), updates, dtype=torch.float64)
         self._input = self._first = self._output = torch.empty(0)
 
     # --- forward ----------------------------------------------------------------------------
@@ -135,13 +140,13 @@ class AgentNode:
     def layer(self, layer: int, y: Tensor) -> Exchange[Tensor]:
         """One layer of own states, `(2d, B) -> (2d, B)`: its updates, one after the other."""
         states = self._states(y)
-        for update in self.member.updates:
+        for k, update in enumerate(self.member.updates):
             u = yield from self._force(layer, update, states[update.source])
             target = states[update.target]
             states[update.target] = torch.add(target, u, alpha=update.sign * self.h)
-            if self.plan.recompute:
+            if self._sums is not None:
                 self._tape.clear()
-                self._sums.append(states[update.source].sum())
+                self._sums[layer, k] = states[update.source].sum()
         return _joined(states)
 
     def _force(self, layer: int, update: Update, y_dB: Tensor) -> Exchange[Tensor]:
@@ -190,7 +195,7 @@ class AgentNode:
 
     # --- backward ---------------------------------------------------------------------------
 
-    def backward(self, scores_bar: Tensor | None) -> Exchange[list[Tensor]]:
+    def backward(self, scores_bar: Tensor | None) -> Exchange[Tensor]:
         """From `∂loss/∂scores` `(C, B)`, given at the root alone, to all `gradients`.
 
         Returns:
@@ -198,30 +203,30 @@ class AgentNode:
         """
         for gradient in self.gradients.values():
             gradient.zero_()
-        norms: list[Tensor] = []
+        norms = torch.empty(len(self.rows) + 1, dtype=torch.float64)
 
-        def watch(y_bar: Tensor) -> None:
-            norms.append(torch.linalg.vector_norm(y_bar, dtype=torch.float64))
+        def watch(j: int, y_bar: Tensor) -> None:
+            norms[j] = torch.linalg.vector_norm(y_bar, dtype=torch.float64)
 
         y_bar = yield from self._readout_adjoint(scores_bar)
         y_bar = yield from self.pull_back(self._output, y_bar, watch)
         if "encoder.weight" in self.gradients:
             self.gradients["encoder.weight"].addmm_(y_bar, self._input.T)
             self.gradients["encoder.bias"] += y_bar.sum(1)
-        return norms[::-1]
+        return norms
 
     def pull_back(
-        self, y: Tensor, y_bar: Tensor, watch: Callable[[Tensor], object]
+        self, y: Tensor, y_bar: Tensor, watch: Callable[[int, Tensor], object]
     ) -> Exchange[Tensor]:
         """The adjoint of all layers: from `ȳ_N` `(2d, B)` to `ȳ_0`; adds to `gradients`.
 
         Args:
             y: the last state `y_N`, which those before it are recomputed from.
             y_bar: its cotangent.
-            watch: is shown `ȳ_N … ȳ_0`.
+            watch: is shown `j` and `ȳ_j`, `j = N … 0`.
         """
         states = self._states(y)
-        watch(y_bar)
+        watch(len(self.rows), y_bar)
         for layer in reversed(range(len(self.rows))):
             bars = self._states(y_bar)
             for update in reversed(self.member.updates):
@@ -233,7 +238,7 @@ class AgentNode:
                 more = yield from self._force_adjoint(layer, update, u_bar)
                 bars[update.source] = bars[update.source] + more
             y_bar = _joined(bars)
-            watch(y_bar)
+            watch(layer, y_bar)
         return y_bar
 
     def _force_adjoint(self, layer: int, update: Update, u_bar: Tensor) -> Exchange[Tensor]:
@@ -302,7 +307,8 @@ class AgentNode:
         if not torch.isfinite(self._first).all():
             return 0
         updates = len(self.member.updates)
-        for k, y in enumerate(self._sums or [source for source, *_ in self._tape]):
+        kept = self._sums.flatten() if self._sums is not None else [y for y, *_ in self._tape]
+        for k, y in enumerate(kept):
             if not torch.isfinite(y).all():
                 return math.ceil(k / updates)  # the second update's source is new already
         return len(self.rows)
@@ -310,7 +316,6 @@ class AgentNode:
     def forget(self) -> None:
         """Drop what a forward pass without a backward pass has kept."""
         self._tape.clear()
-        self._sums.clear()
 
     def energy(self, layer: int, y: Tensor) -> Exchange[Tensor]:
         """Own terms of `H_j(y) = Σ σ̃(K y + b)` of a layer at own states `(2d, B)`: `(B,)`."""
