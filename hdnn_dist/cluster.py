@@ -58,6 +58,7 @@ from hdnn_dist.worker import PARTS, Worker
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
+KNOCK = 0.5  # seconds until a node that does not answer a knock is passed over
 START = 60.0  # seconds that a process is given to start, torch and all, before it is taken for lost
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
 
@@ -465,13 +466,13 @@ class RayRunner:
         self._looked = time.monotonic()
         for node, address in self._raylets.items():
             try:
-                socket.create_connection(address, timeout=SLICE).close()
+                socket.create_connection(address, timeout=KNOCK).close()
             except ConnectionRefusedError:
                 raise self._died(
                     self._nodes.index(node), "no Ray runs on its node any more"
                 ) from None
-            except OSError:  # who cannot be reached is asked whether it is alive
-                continue
+            except OSError:  # whose actors do not answer then is found as any who is silent
+                return
 
     def _died(self, rank: int, how: str) -> LostError:
         """An actor, its worker or its node is dead."""
