@@ -238,7 +238,8 @@ def test_a_machine_whose_network_is_cut_is_named_and_the_others_go_on(tmp_path: 
         with islands():
             pass
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"network namespaces cannot be made here: {error}")
+        why = getattr(error, "stderr", b"")
+        pytest.skip(f"network namespaces cannot be made here: {error} {why!r}")
     apart(go_on_when_a_cable_is_cut, tmp_path)
 
 
