@@ -61,6 +61,7 @@ from hdnn_dist.worker import PARTS, Worker
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
+KNOCK = 0.5  # seconds until a node that does not answer a knock is passed over
 START = 60.0  # seconds that a process is given to start, torch and all, before it is taken for lost
 CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
 TLS = "GLOO_DEVICE_TRANSPORT"  # the start of the names of gloo's own settings
@@ -485,13 +486,13 @@ class RayRunner:
         self._looked = time.monotonic()
         for node, address in self._raylets.items():
             try:
-                socket.create_connection(address, timeout=SLICE).close()
+                socket.create_connection(address, timeout=KNOCK).close()
             except ConnectionRefusedError:
                 ranks = [rank for rank, on in enumerate(self._nodes) if on == node]
                 how = "no Ray runs on its node any more"
                 raise self._lost(dict.fromkeys(ranks, how)) from None
-            except OSError:  # who cannot be reached is asked whether it is alive
-                continue
+            except OSError:  # whose actors do not answer then is found as any who is silent
+                return
 
     def _lost(self, dead: Mapping[int, str], silent: Sequence[int] = ()) -> LostError:
         """Some actors died, how is told of each, and some did not say that they are alive."""
