@@ -69,7 +69,7 @@ SIZES = {
     "16x64x125": Size(16, 64, 125),
     "128x16x128": Size(128, 16, 128),
     "256x8x512": Size(256, 8, 512),
-    "8192x2x128": Size(8192, 2, 128, agents=64, with_reference=False),
+    "8192x4x128": Size(8192, 4, 128, agents=64, with_reference=False),
 }
 
 
