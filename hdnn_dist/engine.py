@@ -185,6 +185,8 @@ def run(
         if step.G == "own":
             C = weights[update.coupling.removesuffix("T")]
             operands.append((C.mT if update.coupling == "XT" else C) @ K.mT)
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (y_NB, *operands))):
+        return plain(stack, y_NB, operands)  # torch.func wants operations that it can look into
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (y_NB, *operands))):
         operands = [w.contiguous() for w in operands]
         return _Sweep(stack, buffers, y_NB.shape, operands).forward_in_place(y_NB)
@@ -212,7 +214,7 @@ def _of_steps(stack: Stack, operands: Sequence[Tensor]) -> list[tuple[Tensor, ..
 
 
 class _Run(torch.autograd.Function):
-    """`run` with its adjoint. A derivative of the derivative, and `vmap`, are `plain`'s."""
+    """`run` with its adjoint. A derivative of the derivative is `plain`'s."""
 
     @staticmethod
     def forward(stack: Stack, buffers: Buffers, y: Tensor, *operands: Tensor) -> tuple[Tensor, Any]:
@@ -231,11 +233,6 @@ class _Run(torch.autograd.Function):
             pull_back = torch.func.vjp(lambda y, *w: plain(ctx.stack, y, w), *inputs)[1]
             return None, None, *pull_back(y_bar)
         return None, None, *ctx.sweep.backward(last, y_bar, any(ctx.needs_input_grad[3:]))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, stack: Stack, _: Buffers, *inputs: Tensor) -> Any:
-        y = torch.vmap(lambda y, *w: plain(stack, y, w), in_dims=tuple(in_dims[2:]))(*inputs)
-        return (y, None), (0, None)
 
 
 class Buffers:
