@@ -182,7 +182,7 @@ def open_run(
         check_is_shared(run)
     job = reopen(run, overrides)
     _, manifest = latest_checkpoint(run)  # refused, if none, before a cluster is started
-    job = job.without(set(job.names) - manifest.files.keys())
+    job = job.among(manifest.files)
     with closing(launch(job, local=local, address=address)) as runner:
         yield runner, restore(runner, run)
 
@@ -200,14 +200,13 @@ def load(run: Where) -> HDNN:
 
     def model(folder: Place, manifest: Manifest) -> HDNN:
         check_belongs(whole, run, folder, manifest)
-        job = whole.without(set(whole.names) - manifest.files.keys())
-        parts = {}
+        job = whole.among(manifest.files)
+        model, parts = HDNN(job.architecture, job.dtype, fast=True), {}
         for i, name in enumerate(job.topology.names):
-            expected = job.architecture.initial(i, job.dtype)
+            expected = job.architecture.split(model.state_dict(), i)
             tensors = load_agent(folder, name, manifest)
             check_tensors(name, expected, tensors)
             parts[i] = {key: tensors[f"weights/{key}"] for key in expected}
-        model = HDNN(job.architecture, job.dtype, fast=True)
         model.load_state_dict(job.architecture.assemble(parts))
         return model
 

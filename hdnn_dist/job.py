@@ -189,6 +189,14 @@ class Job:
             absent=tuple(name for name in names if name in gone),
         )
 
+    def among(self, agents: Iterable[str]) -> Job:
+        """The job of the same spec in which these agents, and no others, take part.
+
+        Raises:
+            UserError: as `without`.
+        """
+        return self.without(set(self.names) - set(agents))
+
     @property
     def names(self) -> tuple[str, ...]:
         """All agents of the spec, absent ones too."""

@@ -28,9 +28,8 @@ Result = TypeVar("Result")
 Mail = dict[tuple[int, int], Tensor]
 
 STAMP = 128  # bytes before and after the numbers of a message between processes; keeps them aligned
-SPARE = (
-    1 << 20
-)  # bytes by which a message may be too long before gloo ends the process that gets it
+# Bytes by which a message may be too long before gloo ends the process that gets it.
+SPARE = 1 << 20
 
 
 class Transport(Protocol):

@@ -140,7 +140,7 @@ class Worker:
         """
         took_part = manifest.files.keys()
         same = set(self.job.topology.names) == took_part
-        writer = None if same else self.job.without(set(self.job.names) - took_part).architecture
+        writer = None if same else self.job.among(took_part).architecture
         for agent in self.agents.values():
             if same or agent.name in took_part:
                 agent.load_state(load_agent(folder, agent.name, manifest), writer)
