@@ -86,10 +86,12 @@ class Agent:
     Args:
         job: the job.
         i: which agent.
+        share: of a step's batch, what this copy of the agent takes; default: all of it.
     """
 
-    def __init__(self, job: Job, i: int) -> None:
+    def __init__(self, job: Job, i: int, share: slice | None = None) -> None:
         self.job, self.i, self.name = job, i, job.topology.names[i]
+        self.share = slice(0, job.batch) if share is None else share
         self.view = job.views[i]
         self.is_root = i == job.root
         architecture = job.architecture
@@ -110,7 +112,12 @@ class Agent:
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
         self.fault: Fault | None = None  # of the last step
-        self.gradient_squares = torch.empty(0)  # own ‖∂loss/∂y_j‖², at the last step of an epoch
+        # Of the last step: its first state that is not finite, norms of cotangents.
+        self._watched: tuple[int | None, Tensor] = None, torch.empty(0)
+        # Of own share: ‖∂loss/∂y_j‖² of own rows, at the last step of an epoch.
+        self.gradient_squares = torch.empty(0)
+        # Of the batch, at the root: summed loss, how many were right.
+        self.tally = torch.zeros(2, dtype=job.dtype)
 
     # --- data: own columns, and at the root the labels -----------------------------------------
 
@@ -129,42 +136,59 @@ class Agent:
         return self._labels[part]
 
     def _batch(self, step: int) -> Tensor:
-        """Indices of the samples of a step (from 0): the same on every agent, from the seed."""
+        """Indices of own share of a step (from 0): the same on every agent, from the seed."""
         epoch, k = divmod(step, self.job.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             order = epoch_order(self.job.spec.training.seed, epoch, self.job.data.train)
             self._order = epoch, torch.from_numpy(order)
-        return self._order[1][k * self.job.batch : (k + 1) * self.job.batch]
+        return self._order[1][k * self.job.batch : (k + 1) * self.job.batch][self.share]
 
     def _inputs(self, step: int, index: Tensor) -> Tensor:
         """Own part of a batch, shifted if the spec says so, as columns `(F_i, B)`."""
         x = self.features("train")[index]
         training = self.job.spec.training
         if training.shift and self.view.image is not None:
-            moves = shifts(training.seed, step, len(index), training.shift)
+            moves = shifts(training.seed, step, self.job.batch, training.shift)[self.share]
             fill = background(self.job.spec.data.name)
             x = torch.from_numpy(shift_images(x.numpy(), self.view.image, moves, fill))
         return x.T
 
     # --- what an agent does --------------------------------------------------------------------
 
-    def train_step(self, step: int) -> Exchange[StepResult | None]:
-        """Forward, loss at the root, backward, local optimiser step. `step` counts from 0.
+    def differentiate(self, step: int) -> Exchange[None]:
+        """Forward, loss at the root, backward, on own share of a step, which counts from 0.
 
-        An agent with a `fault` keeps its weights, and with `on_nonfinite: skip` all agents do.
+        What it leaves in `summands` is to be summed over the copies of the agent before `update`.
         """
         index = self._batch(step)
         scores = yield from self.node.forward(self._inputs(step, index))
         first_state = self.node.first_nonfinite_state()
-        loss, correct, scores_bar = 0.0, 0, None
+        scores_bar = None
         if self.is_root:
             loss, correct, scores_bar = cross_entropy(scores, self.labels("train")[index])
-            scores_bar /= len(index)
+            scores_bar /= self.job.batch
+            self.tally = torch.tensor([loss, correct], dtype=self.job.dtype)
         norms = yield from self.node.backward(scores_bar)
         if (step + 1) % self.job.steps_per_epoch == 0:
             self.gradient_squares = norms.square()
+        self._watched = first_state, norms
+        if first_state is not None:  # the other copies are to know, whatever the gradients are
+            for gradient in self.node.gradients.values():
+                gradient.fill_(math.nan)
+
+    @property
+    def summands(self) -> list[Tensor]:
+        """What the copies of an agent sum: their gradients, and at the root the tally."""
+        return [*self.node.gradients.values(), *[self.tally] * self.is_root]
+
+    def update(self, step: int) -> Exchange[StepResult | None]:
+        """Take the optimiser step that follows from the `summands` of the whole batch.
+
+        An agent with a `fault` keeps its weights, and with `on_nonfinite: skip` all agents do.
+        """
+        loss, correct = self.tally.tolist()
         self._regularise()
-        self.fault = self._find_fault(step, first_state, norms)
+        self.fault = self._find_fault(step, *self._watched)
         if self.fault is None and not math.isfinite(loss):
             after_layers = self.job.architecture.patterns.layers + 0.5
             self.fault = Fault(step + 1, after_layers, self.name, "the loss")
@@ -177,7 +201,7 @@ class Agent:
             self.optimizer.step()
         if not self.is_root:
             return None
-        return StepResult(step + 1, loss / len(index), correct, len(index), lr, norm)
+        return StepResult(step + 1, loss / self.job.batch, int(correct), self.job.batch, lr, norm)
 
     def _find_fault(self, step: int, first_state: int | None, norms: Tensor) -> Fault | None:
         """The first number of a step that is not finite, given the cotangents' norms."""

@@ -191,13 +191,20 @@ class Plan:
         return (*self.forward, *self.backward, *norm, *(r.adjoint for r in reversed(norm)))
 
     def traffic(
-        self, rounds: Iterable[Round], batch: int, itemsize: int
+        self, rounds: Iterable[Round], batch: int, itemsize: int, copies: int = 1
     ) -> dict[tuple[int, int], int]:
-        """Bytes from agent to agent that the given rounds move."""
+        """Bytes from agent to agent that the given rounds move.
+
+        Args:
+            rounds: of the plan.
+            batch: samples in all.
+            itemsize: bytes a number.
+            copies: of the agents, which share the samples.
+        """
         sent: dict[tuple[int, int], int] = {}
         for phase in rounds:
             for m in phase.messages:
-                size = m.rows * phase.columns(batch) * itemsize
+                size = m.rows * (batch if phase.per_sample else copies) * itemsize
                 sent[m.source, m.target] = sent.get((m.source, m.target), 0) + size
         return sent
 

@@ -511,6 +511,11 @@ class ClusterSpec(Section):
     agents_per_actor: Count | Literal["auto"] = Field(
         default=1, description="Agents that share one actor; auto: one actor a core of the cluster."
     )
+    replicas: Annotated[int, Field(gt=0, le=10**4)] = Field(
+        default=1,
+        description="Copies of the whole graph of agents, each on its share of every batch; "
+        "gradients are summed between the copies of an agent. --local runs one.",
+    )
     address: str | None = Field(
         default=None,
         description="Ray cluster to join; default: $RAY_ADDRESS, else one is started here.",

@@ -104,7 +104,7 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """All agents in this process, messages by reference.
+    """All agents in this process, messages by reference; one copy, whatever `cluster.replicas` is.
 
     Sets torch's threads to `cluster.threads`, or to one: the products of single agents are small,
     and more threads cost more than they win.

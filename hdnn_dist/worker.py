@@ -15,10 +15,11 @@ from torch import Tensor
 from hdnn_dist.agent import Agent, Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
-from hdnn_dist.data import Part, load_rows
+from hdnn_dist.data import Part, load_rows, share
 from hdnn_dist.errors import DataError
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
+from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
 from hdnn_dist.transport import Result, Transport, drive
 
@@ -37,11 +38,20 @@ class Worker:
         job: the job.
         agents: which agents live here.
         transport: carries the rounds.
+        replicas: the other copies of these agents; by default there are none.
     """
 
-    def __init__(self, job: Job, agents: Sequence[int], transport: Transport) -> None:
+    def __init__(
+        self,
+        job: Job,
+        agents: Sequence[int],
+        transport: Transport,
+        replicas: Replicas | None = None,
+    ) -> None:
         self.job, self.transport = job, transport
-        self.agents = {i: Agent(job, i) for i in agents}
+        self.replicas = Replicas() if replicas is None else replicas
+        taken = self._share(job.batch)
+        self.agents = {i: Agent(job, i, taken) for i in agents}
         self.step = 0
         self._faults: list[Fault] = []
 
@@ -54,11 +64,14 @@ class Worker:
                     agent.labels(part)
 
     def train(self, steps: int) -> list[StepResult]:
-        """Take so many optimiser steps from where the run stands."""
+        """Take so many optimiser steps from where the run stands, the same in all copies."""
         results: list[StepResult] = []
+        agents, taken = self.agents.values(), self._share(self.job.batch)
+        samples = taken.stop - taken.start
         for _ in range(steps):
-            actions = {i: agent.train_step(self.step) for i, agent in self.agents.items()}
-            results += self._drive(actions, self.job.batch)
+            self._drive({a.i: a.differentiate(self.step) for a in agents}, samples)
+            self.replicas.add([summand for agent in agents for summand in agent.summands])
+            results += self._drive({a.i: a.update(self.step) for a in agents}, samples)
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         return results
@@ -69,7 +82,7 @@ class Worker:
         return found
 
     def evaluate(self, part: Part = "test") -> Evaluation | None:
-        """Loss and accuracy over a part of the data set.
+        """Loss and accuracy over a part of the data set, of which each copy takes its share.
 
         Raises:
             DataError: the data set has no such part.
@@ -77,17 +90,21 @@ class Worker:
         if part not in PARTS:
             raise DataError(f"the data set has no part {part!r}", f"use one of {', '.join(PARTS)}")
         samples = self.job.data.samples(part)
-        sums: list[tuple[float, int]] = []
-        for start, stop in _slices(samples):
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start, stop in _slices(self._share(samples)):
             actions = {i: a.evaluate(part, start, stop) for i, a in self.agents.items()}
-            sums += self._drive(actions, stop - start)
-        if not sums:
+            for loss, correct in self._drive(actions, stop - start):
+                sums += torch.tensor([loss, correct], dtype=sums.dtype)
+        if self.job.root not in self.agents:
             return None
-        loss, correct = (sum(column) for column in zip(*sums, strict=True))
+        self.replicas.add([sums])
+        loss, correct = sums.tolist()
         return Evaluation(loss / samples, correct / samples, samples)
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray | None:
         """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file.
+
+        Of these each copy takes its share; None of none.
 
         Raises:
             DataError: the file cannot be read, or its rows are not samples of the data set.
@@ -100,7 +117,8 @@ class Worker:
             for i, agent in self.agents.items()
         }
         chunks: list[np.ndarray] = []
-        for start, stop in _slices(len(next(iter(own.values())))):
+        samples = len(next(iter(own.values())))
+        for start, stop in _slices(self._share(samples)):
             actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
             chunks += self._drive(actions, stop - start)
         return np.concatenate(chunks) if chunks else None
@@ -124,10 +142,10 @@ class Worker:
         return reduce(operator.add, sums)
 
     def save(self, folder: Place) -> dict[str, str]:
-        """Write the state of each agent here; SHA-256 by agent."""
+        """Write the state of each agent here, which the first copy does; SHA-256 by agent."""
+        to = folder if self.replicas.copy == 0 else None
         return {
-            agent.name: save_agent(folder, agent.name, agent.state())
-            for agent in self.agents.values()
+            agent.name: save_agent(to, agent.name, agent.state()) for agent in self.agents.values()
         }
 
     def load(self, folder: Place, manifest: Manifest) -> None:
@@ -146,6 +164,10 @@ class Worker:
                 agent.load_state(load_agent(folder, agent.name, manifest), writer)
         self.step = manifest.step
 
+    def _share(self, samples: int) -> slice:
+        """Which of some samples this copy takes."""
+        return share(samples, self.replicas.copy, self.replicas.copies)
+
     def _drive(self, actions: Mapping[int, Exchange[Result | None]], batch: int) -> list[Result]:
         """Run an action of every agent here; what the root returned, if it lives here."""
         with torch.no_grad():
@@ -153,7 +175,7 @@ class Worker:
         return [result for result in results.values() if result is not None]
 
 
-def _slices(samples: int) -> Iterator[tuple[int, int]]:
+def _slices(samples: slice) -> Iterator[tuple[int, int]]:
     """Runs of at most `EVAL_BATCH` samples."""
-    for start in range(0, samples, EVAL_BATCH):
-        yield start, min(start + EVAL_BATCH, samples)
+    for start in range(samples.start, samples.stop, EVAL_BATCH):
+        yield start, min(start + EVAL_BATCH, samples.stop)
