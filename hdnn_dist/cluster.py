@@ -57,8 +57,8 @@ from hdnn_dist.placement import Demand, Node, Packing, address_of, assign, deman
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
-from hdnn_dist.transport import InProcess, PointToPoint
-from hdnn_dist.worker import PARTS, Worker
+from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
+from hdnn_dist.worker import PARTS, Worker, device_of
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
@@ -148,12 +148,13 @@ class AgentActor:
         job = Job.of(spec).without(absent)
         common = job.architecture.patterns.S, job.topology.names, job.dtype
         first = self._replicas.copy * len(packing)  # rank of this copy of the agents
-        transport = (
-            InProcess(*common)
-            if len(packing) == 1
-            else PointToPoint(*common, [first + rank for rank in hosts(packing)], job.digest)
-        )
-        self._worker = Worker(job, agents, transport, self._replicas)
+        device = device_of(job, agents)
+        transport: Transport = InProcess(*common)
+        if len(packing) > 1:
+            ranks = [first + rank for rank in hosts(packing)]
+            wired = PointToPoint(*common, ranks, job.digest)
+            transport = wired if device.type == "cpu" else Staged(wired, device)
+        self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()
         return job.digest
 

@@ -33,7 +33,7 @@ class Replicas:
         """
         if self.copies == 1 or not summands:
             return
-        total = torch.cat([tensor.flatten() for tensor in summands])
+        total = torch.cat([tensor.flatten() for tensor in summands]).cpu()
         try:
             dist.all_reduce(total, group=self.group)
         except RuntimeError as error:

@@ -516,6 +516,11 @@ class ClusterSpec(Section):
         description="Copies of the whole graph of agents, each on its share of every batch; "
         "gradients are summed between the copies of an agent. --local runs one.",
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="What agents compute on; auto: the GPU for those that ask for one (gpu) where "
+        "there is one, else the CPU.",
+    )
     address: str | None = Field(
         default=None,
         description="Ray cluster to join; default: $RAY_ADDRESS, else one is started here.",

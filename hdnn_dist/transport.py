@@ -250,6 +250,28 @@ class PointToPoint(InProcess):
         return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
 
 
+class Staged:
+    """Agents here are on a device, and what they send to other processes goes by host memory.
+
+    Args:
+        inner: takes it there.
+        device: where messages to agents here are put.
+    """
+
+    def __init__(self, inner: PointToPoint, device: torch.device) -> None:
+        self.inner, self.device = inner, device
+        self.names, self.sent = inner.names, inner.sent
+        self._here = {i for i, rank in enumerate(inner.host) if rank == inner.rank}
+
+    def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
+        """See `Transport`."""
+        staged = {
+            link: tensor if link[1] in self._here else tensor.cpu() for link, tensor in mail.items()
+        }
+        arrived = self.inner.exchange(phase, staged, batch)
+        return {link: tensor.to(self.device) for link, tensor in arrived.items()}
+
+
 class _Frame:
     """Memory for the messages of a round from one process to another (see `PointToPoint`)."""
 

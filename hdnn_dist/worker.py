@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -12,19 +14,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import Agent, Evaluation, Fault, StepResult
+from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
+from hdnn_dist.capture import Captured
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
 from hdnn_dist.data import Part, load_rows, share
-from hdnn_dist.errors import DataError
+from hdnn_dist.errors import DataError, PlacementError
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
-from hdnn_dist.transport import Result, Transport, drive
+from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
+log = logging.getLogger("hdnn_dist")
+
+
+def device_of(job: Job, agents: Sequence[int]) -> torch.device:
+    """What some agents that share a process compute on (`cluster.device`).
+
+    Raises:
+        PlacementError: a GPU, but the process has none.
+    """
+    wish = job.spec.cluster.device
+    asked = any(job.topology.agents[i].gpu for i in agents)
+    if wish == "cpu" or (wish == "auto" and not asked):
+        return CPU
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if wish == "auto":
+        return CPU
+    raise PlacementError(
+        "cluster.device is cuda, but the process of agent(s) "
+        f"{', '.join(job.topology.names[i] for i in agents)} on {platform.node()} has no GPU",
+        "give these agents gpu (1, or a part of one) and install a torch that is built for CUDA, "
+        "or set cluster.device to auto",
+    )
 
 
 class Worker:
@@ -39,6 +65,7 @@ class Worker:
         agents: which agents live here.
         transport: carries the rounds.
         replicas: the other copies of these agents; by default there are none.
+        device: what they compute on.
     """
 
     def __init__(
@@ -47,11 +74,15 @@ class Worker:
         agents: Sequence[int],
         transport: Transport,
         replicas: Replicas | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.job, self.transport = job, transport
         self.replicas = Replicas() if replicas is None else replicas
         taken = self._share(job.batch)
-        self.agents = {i: Agent(job, i, taken) for i in agents}
+        self.agents = {i: Agent(job, i, taken, device) for i in agents}
+        # A step of agents that share a process and a GPU is recorded when the first is taken.
+        self._may_capture = device.type == "cuda" and type(transport) is InProcess
+        self._captured: Captured | None = None
         self.step = 0
         self._faults: list[Fault] = []
 
@@ -69,12 +100,26 @@ class Worker:
         agents, taken = self.agents.values(), self._share(self.job.batch)
         samples = taken.stop - taken.start
         for _ in range(steps):
-            self._drive({a.i: a.differentiate(self.step) for a in agents}, samples)
+            if not self._differentiate_at_once():
+                self._drive({a.i: a.differentiate(self.step) for a in agents}, samples)
             self.replicas.add([summand for agent in agents for summand in agent.summands])
             results += self._drive({a.i: a.update(self.step) for a in agents}, samples)
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         return results
+
+    def _differentiate_at_once(self) -> bool:
+        """Have a CUDA graph do it, if there is one and it finds nothing that is to be looked at."""
+        if self._may_capture:
+            self._may_capture = False
+            assert isinstance(self.transport, InProcess)
+            try:
+                with torch.no_grad():
+                    self._captured = Captured(self.agents, self.transport, self.step)
+            except RuntimeError as error:
+                log.warning("steps are not recorded as a CUDA graph: %s", error)
+        with torch.no_grad():
+            return self._captured is not None and self._captured.differentiate(self.step)
 
     def faults(self) -> list[Fault]:
         """Numbers that were not finite, since the last call."""
