@@ -49,10 +49,7 @@ class Worker:
     def load_data(self) -> None:
         """Read the agents' data now, not in the first round, for which others wait."""
         for agent in self.agents.values():
-            for part in PARTS:
-                agent.features(part)
-                if agent.is_root:
-                    agent.labels(part)
+            agent.load_data()
 
     def train(self, steps: int) -> list[StepResult]:
         """Take so many optimiser steps from where the run stands."""
