@@ -8,11 +8,12 @@ inputs in the same memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from hdnn_dist.agent import Agent
+from hdnn_dist.exchange import Round
 from hdnn_dist.transport import InProcess, drive
 
 Action = Callable[[], None]
@@ -43,6 +44,7 @@ class Captured:
     Args:
         agents: all of them.
         transport: theirs.
+        rounds: of the plan, from inputs to gradients.
         step: whose batch is recorded with.
         record: makes an action that does the same again of one.
 
@@ -54,10 +56,11 @@ class Captured:
         self,
         agents: Mapping[int, Agent],
         transport: InProcess,
+        rounds: Sequence[Round],
         step: int,
         record: Callable[[Action], Action] = cuda_graph,
     ) -> None:
-        self._agents, self._transport = agents, transport
+        self._agents, self._transport, self._rounds = agents, transport, rounds
         self._batches = {i: agent.draw(step) for i, agent in agents.items()}
         device = next(iter(agents.values())).device
         self._finite = torch.ones((), dtype=torch.bool, device=device)
@@ -72,7 +75,7 @@ class Captured:
     def _run(self) -> None:
         actions = {i: a.propagate(*self._batches[i]) for i, a in self._agents.items()}
         samples = next(iter(self._batches.values()))[0].shape[1]
-        drive(actions, self._transport, samples)
+        drive(actions, self._transport, samples, self._rounds)
         finite = torch.stack([agent.node.finite() for agent in self._agents.values()])
         self._finite.copy_(finite.all())
 

@@ -285,7 +285,6 @@ def _step(job: Job) -> Iterator[Phase]:
     plan = job.plan
     scores = len([phase for phase in plan.collect if phase.messages])
     forward, backward = plan.forward, plan.backward
-    norm = plan.training_step[len(forward) + len(backward) :]
     yield _phase(job, "layers forward", forward[: len(forward) - scores])
     yield _phase(job, "scores to the root", forward[len(forward) - scores :])
     yield _phase(job, "their cotangent back", backward[:scores])
@@ -297,7 +296,7 @@ def _step(job: Job) -> Iterator[Phase]:
         numbers = 2 + sum(job.architecture.count(i, zeros=True) for i in agents)
         turns = 2 * (copies - 1)
         yield Phase("sums over the copies", turns, turns * numbers * job.dtype.itemsize)
-    yield _phase(job, "norm of the gradient", norm)
+    yield _phase(job, "norm of the gradient", plan.clipping)
 
 
 def _phase(job: Job, name: str, rounds: Sequence[Round]) -> Phase:

@@ -20,6 +20,7 @@ from hdnn_dist.capture import Captured
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
 from hdnn_dist.data import Part, load_rows, share
 from hdnn_dist.errors import DataError, PlacementError
+from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
@@ -89,21 +90,20 @@ class Worker:
     def load_data(self) -> None:
         """Read the agents' data now, not in the first round, for which others wait."""
         for agent in self.agents.values():
-            for part in PARTS:
-                agent.features(part)
-                if agent.is_root:
-                    agent.labels(part)
+            agent.load_data()
 
     def train(self, steps: int) -> list[StepResult]:
         """Take so many optimiser steps from where the run stands, the same in all copies."""
         results: list[StepResult] = []
-        agents, taken = self.agents.values(), self._share(self.job.batch)
+        plan, taken = self.job.plan, self._share(self.job.batch)
         samples = taken.stop - taken.start
         for _ in range(steps):
             if not self._differentiate_at_once():
-                self._drive({a.i: a.differentiate(self.step) for a in agents}, samples)
-            self.replicas.add([summand for agent in agents for summand in agent.summands])
-            results += self._drive({a.i: a.update(self.step) for a in agents}, samples)
+                actions = {i: agent.differentiate(self.step) for i, agent in self.agents.items()}
+                self._drive(actions, samples, plan.differentiation)
+            self.replicas.add([summand for a in self.agents.values() for summand in a.summands])
+            updates = {i: agent.update(self.step) for i, agent in self.agents.items()}
+            results += self._drive(updates, samples, plan.clipping)
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         return results
@@ -115,7 +115,8 @@ class Worker:
             assert isinstance(self.transport, InProcess)
             try:
                 with torch.no_grad():
-                    self._captured = Captured(self.agents, self.transport, self.step)
+                    rounds = self.job.plan.differentiation
+                    self._captured = Captured(self.agents, self.transport, rounds, self.step)
             except RuntimeError as error:
                 log.warning("steps are not recorded as a CUDA graph: %s", error)
         with torch.no_grad():
@@ -138,7 +139,7 @@ class Worker:
         sums = torch.zeros(2, dtype=torch.float64)
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.evaluate(part, start, stop) for i, a in self.agents.items()}
-            for loss, correct in self._drive(actions, stop - start):
+            for loss, correct in self._drive(actions, stop - start, self.job.plan.forward):
                 sums += torch.tensor([loss, correct], dtype=sums.dtype)
         if self.job.root not in self.agents:
             return None
@@ -165,7 +166,7 @@ class Worker:
         samples = len(next(iter(own.values())))
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
-            chunks += self._drive(actions, stop - start)
+            chunks += self._drive(actions, stop - start, self.job.plan.forward)
         return np.concatenate(chunks) if chunks else None
 
     def gradient_squares(self) -> Tensor:
@@ -183,7 +184,9 @@ class Worker:
             i: agent.sensitivities(agent.features("test")[:samples], V)
             for i, agent in self.agents.items()
         }
-        sums = self._drive(actions, V.shape[1])
+        energy = self.job.architecture.member.activation.integral is not None
+        rounds = self.job.plan.analysis(energy) * samples
+        sums = self._drive(actions, V.shape[1], rounds)
         return reduce(operator.add, sums)
 
     def save(self, folder: Place) -> dict[str, str]:
@@ -213,10 +216,15 @@ class Worker:
         """Which of some samples this copy takes."""
         return share(samples, self.replicas.copy, self.replicas.copies)
 
-    def _drive(self, actions: Mapping[int, Exchange[Result | None]], batch: int) -> list[Result]:
+    def _drive(
+        self,
+        actions: Mapping[int, Exchange[Result | None]],
+        batch: int,
+        rounds: Sequence[Round],
+    ) -> list[Result]:
         """Run an action of every agent here; what the root returned, if it lives here."""
         with torch.no_grad():
-            results = drive(actions, self.transport, batch)
+            results = drive(actions, self.transport, batch, rounds)
         return [result for result in results.values() if result is not None]
 
 

@@ -87,9 +87,10 @@ def test_gradients_of_copies_add_up_to_those_of_the_dense_model(
         assert_matches_dense(job, result, gradients)
 
 
+@pytest.mark.parametrize("augmentation", ["training.shift=1", "training.distort={elastic: 1}"])
 @pytest.mark.parametrize("copies", [2, 3])
-def test_copies_of_an_uneven_batch_train_as_one(copies: int) -> None:
-    job = Job.load(None, [*BASE, "training.shift=1", "training.alpha=0.01"])
+def test_copies_of_an_uneven_batch_train_as_one(copies: int, augmentation: str) -> None:
+    job = Job.load(None, [*BASE, "training.alpha=0.01", augmentation])
     assert len({s.stop - s.start for s in (share(job.batch, c, 3) for c in range(3))}) == 2
     one, workers = alone(job), copies_of(job, copies)
     expected, results = one.train(5), all_of(workers, lambda worker: worker.train(5))
