@@ -385,12 +385,12 @@ class Agent:
     # --- state ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and optimiser state by name, for a checkpoint."""
-        tensors = {f"weights/{name}": w.detach() for name, w in self.weights.items()}
+        """Weights and optimiser state by name, for a checkpoint, in the host's memory."""
+        tensors = {f"weights/{name}": w.detach().cpu() for name, w in self.weights.items()}
         for name, weight in self.weights.items():
             for key, value in self.optimizer.state.get(weight, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer/{name}/{key}"] = value
+                    tensors[f"optimizer/{name}/{key}"] = value.cpu()
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], writer: Architecture | None = None) -> None:
