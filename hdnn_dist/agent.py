@@ -303,8 +303,8 @@ class Agent:
         square = torch.stack([g.square().sum() for g in gradients]).sum().reshape(1, 1)
         if self.fault is not None:  # others are to know, whatever the gradients are
             square.fill_(math.nan)
-        square = yield from self.node.collect(self.job.plan.norm, square)
-        square = yield from self.node.spread(self.job.plan.norm, square)
+        square = yield from self.node.collect(self.job.plan.norm_of, square)
+        square = yield from self.node.spread(self.job.plan.norm_of, square)
         norm = square.sqrt().item()
         limit = math.inf if training.clip_norm is None else training.clip_norm
         if limit < norm < math.inf:
