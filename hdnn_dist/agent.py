@@ -19,10 +19,13 @@ from hdnn_dist.data import (
     background,
     epoch_order,
     load_features,
+    load_images,
     load_labels,
+    scaled,
     shift_images,
     shifts,
 )
+from hdnn_dist.distortion import Distortion
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.family import roughness_gradient
 from hdnn_dist.job import Job
@@ -106,6 +109,10 @@ class Agent:
         self.optimizer = build_optimizer(
             job.spec.training.optimizer, [w for w in self.weights.values() if w.requires_grad]
         )
+        distort, image = job.spec.training.distort, job.data.image
+        self._distortion: Distortion | None = None
+        if distort is not None and image is not None and self.view.columns:
+            self._distortion = Distortion(distort, image, self.view.columns)
         self._features: dict[Part, Tensor] = {}
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
@@ -113,6 +120,17 @@ class Agent:
         self.gradient_squares = torch.empty(0)  # own ‖∂loss/∂y_j‖², at the last step of an epoch
 
     # --- data: own columns, and at the root the labels -----------------------------------------
+
+    def load_data(self) -> None:
+        """Read now what a training run needs, not in the first round, for which others wait."""
+        parts: tuple[Part, ...] = ("train", "test")
+        for part in parts:
+            if part == "train" and self._distortion is not None:
+                load_images(self.job.spec.data, part)
+            else:
+                self.features(part)
+            if self.is_root:
+                self.labels(part)
 
     def features(self, part: Part) -> Tensor:
         """Own columns of the training or test set, `(samples, F_i)`; loaded once."""
@@ -137,12 +155,16 @@ class Agent:
         return self._order[1][k * self.job.batch : (k + 1) * self.job.batch]
 
     def _inputs(self, step: int, index: Tensor) -> Tensor:
-        """Own part of a batch, shifted if the spec says so, as columns `(F_i, B)`."""
+        """Own part of a batch, distorted or shifted if the spec says so, as columns `(F_i, B)`."""
+        training, name = self.job.spec.training, self.job.spec.data.name
+        if self._distortion is not None:
+            images = torch.from_numpy(load_images(self.job.spec.data, "train"))[index]
+            part = self._distortion(images, training.seed, step)
+            return torch.from_numpy(scaled(name, part.numpy())).to(self.job.dtype).T
         x = self.features("train")[index]
-        training = self.job.spec.training
         if training.shift and self.view.image is not None:
             moves = shifts(training.seed, step, len(index), training.shift)
-            fill = background(self.job.spec.data.name)
+            fill = background(name)
             x = torch.from_numpy(shift_images(x.numpy(), self.view.image, moves, fill))
         return x.T
 
@@ -281,8 +303,8 @@ class Agent:
         square = torch.stack([g.square().sum() for g in gradients]).sum().reshape(1, 1)
         if self.fault is not None:  # others are to know, whatever the gradients are
             square.fill_(math.nan)
-        square = yield from self.node.collect(self.job.plan.norm, square)
-        square = yield from self.node.spread(self.job.plan.norm, square)
+        square = yield from self.node.collect(self.job.plan.norm_of, square)
+        square = yield from self.node.spread(self.job.plan.norm_of, square)
         norm = square.sqrt().item()
         limit = math.inf if training.clip_norm is None else training.clip_norm
         if limit < norm < math.inf:

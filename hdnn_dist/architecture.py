@@ -76,7 +76,7 @@ class Architecture:
         """Step of the discretisation."""
         return self.member.h
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Size of the whole `p`, and of the whole `q`."""
         return sum(self.patterns.sizes)

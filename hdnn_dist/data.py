@@ -2,8 +2,9 @@
 
 A sample is a row of F features; an image is flattened in raster order. An agent's *view* is the
 columns it sees, and `load_features` gives it those alone: raw input stays with its agent, and the
-labels with the root. Sample order and augmentation come from the shared seed by counter, so agents
-agree on them without a message.
+labels with the root. Who trains on distorted images reads whole ones, by `load_images`. Sample
+order and augmentation come from the shared seed by counter, so agents agree on them without a
+message.
 
 Sets: scikit-learn's handwritten digits (bundled, 8x8), MNIST (IDX files, 28x28), and the 2-D sets
 of Galimberti, Furieri, Xu, Ferrari-Trecate (arXiv 2105.13205), whose zero-augmented state is
@@ -13,8 +14,9 @@ the encoder's affair.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,19 @@ __all__ = [
     "describe",
     "ensure_available",
     "epoch_order",
+    "generator",
     "load_features",
+    "load_images",
     "load_labels",
     "load_rows",
     "locate_mnist",
+    "scaled",
     "shift_images",
     "shifts",
     "split_features",
 ]
 
+Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -230,19 +236,34 @@ def load_features(spec: DataSpec, part: Part, columns: Sequence[int]) -> Floats:
     Raises:
         DataError: the MNIST files are missing or damaged.
     """
-    n = describe(spec).samples(part)
-    x_BF = np.empty((n, len(columns)), np.float32)
+    x_BF = np.empty((describe(spec).samples(part), len(columns)), np.float32)
     if not len(columns):
         return x_BF
-    index = np.asarray(columns, np.intp)
-    if spec.name == "mnist":
-        start = 0
-        for block in read_mnist(locate_mnist(spec), part, "images", n):
-            x_BF[start : start + len(block)] = _scale("mnist", block[:, index])
-            start += len(block)
-    else:
-        x_BF[:] = _scale(spec.name, _embedded(spec.name, part)[0][:n, index])
+    start, index = 0, np.asarray(columns, np.intp)
+    for block in _raw(spec, part):
+        x_BF[start : start + len(block)] = scaled(spec.name, block[:, index])
+        start += len(block)
     return x_BF
+
+
+def load_images(spec: DataSpec, part: Part) -> Bytes:
+    """The raw pixels of whole images, (n, F), from 0 to white; one copy in a process.
+
+    Raises:
+        DataError: the MNIST files are missing or damaged.
+    """
+    place = {"dir": str(locate_mnist(spec))} if spec.name == "mnist" else {}
+    return _images(spec.model_copy(update={"split": AutoSplit(), **place}), part)
+
+
+@lru_cache(maxsize=1)
+def _images(spec: DataSpec, part: Part) -> Bytes:
+    info, start = describe(spec), 0
+    images = np.empty((info.samples(part), info.features), np.uint8)
+    for block in _raw(spec, part):
+        images[start : start + len(block)] = block
+        start += len(block)
+    return images
 
 
 def load_labels(spec: DataSpec, part: Part) -> Ints:
@@ -293,17 +314,26 @@ def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
             f"{path} holds values that are not finite or not raw values of {spec.name}",
             f"give pixels from 0 to {white:g}" if info.image else "give finite coordinates",
         )
-    return _scale(spec.name, x_BF)
+    return scaled(spec.name, x_BF)
 
 
 def background(name: DataName) -> float:
     """The scaled value of a black pixel (of a zero, in the 2-D sets)."""
-    return float(_scale(name, np.zeros(1))[0])
+    return float(scaled(name, np.zeros(1))[0])
 
 
-def _scale(name: DataName, raw: Array) -> Floats:
+def scaled(name: DataName, raw: Array) -> Floats:
+    """Raw values less the mean of a set of images, over its deviation; 2-D sets as they are."""
     white, mean, std = PIXELS.get(name, (1.0, 0.0, 1.0))
     return ((raw / white - mean) / std).astype(np.float32)
+
+
+def _raw(spec: DataSpec, part: Part) -> Iterator[Array]:
+    """All features of all samples as they are stored, some samples at a time."""
+    n = describe(spec).samples(part)
+    if spec.name == "mnist":
+        return read_mnist(locate_mnist(spec), part, "images", n)
+    return iter([_embedded(spec.name, part)[0][:n]])
 
 
 def _embedded(name: DataName, part: Part) -> tuple[Array, Ints]:
@@ -335,7 +365,7 @@ def _plane(name: DataName, part: Part) -> tuple[Array, Ints]:
     """
     info = SETS[name]
     n = info.samples(part)
-    rng = _generator(list(SETS).index(name), part == "test", use=2)
+    rng = generator(list(SETS).index(name), part == "test", use=2)
     k = rng.permutation(np.arange(n) % 4)
     y_B, t, noise = k % 2, rng.random(n), rng.random((n, 2)) - 0.5
     turn = {"swiss_roll": 4.0, "double_circles": 2.0, "double_moons": 1.0}[name] * np.pi * t
@@ -351,7 +381,8 @@ def _plane(name: DataName, part: Part) -> tuple[Array, Ints]:
 # --- order and augmentation ----------------------------------------------------------------------
 
 
-def _generator(seed: int, count: int, use: int) -> np.random.Generator:
+def generator(seed: int, count: int, use: int) -> np.random.Generator:
+    """The random numbers of one use at one count: order 0, shifts 1, 2-D sets 2, distortions 3."""
     # The key is the state, so any draw can be made without those before it; the counter's top
     # word keeps the uses apart.
     return np.random.Generator(
@@ -363,12 +394,12 @@ def _generator(seed: int, count: int, use: int) -> np.random.Generator:
 
 def epoch_order(seed: int, epoch: int, n: int) -> Ints:
     """The order of the n samples in an epoch: a permutation, the same on every agent."""
-    return _generator(seed, epoch, use=0).permutation(n)
+    return generator(seed, epoch, use=0).permutation(n)
 
 
 def shifts(seed: int, step: int, batch: int, limit: int) -> Ints:
     """How far each sample of a step moves (down, right): (batch, 2), uniform in [-limit, limit]."""
-    return _generator(seed, step, use=1).integers(-limit, limit, (batch, 2), endpoint=True)
+    return generator(seed, step, use=1).integers(-limit, limit, (batch, 2), endpoint=True)
 
 
 def shift_images(x_BF: Array, image: tuple[int, int], shifts_B2: Ints, fill: float) -> Array:

@@ -18,15 +18,19 @@ A round without messages is not run.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.errors import SpecError
 from hdnn_dist.family import Update
 from hdnn_dist.sparsity import BlockPattern
 from hdnn_dist.topology import Tree
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class Round:
         """Per agent, what it receives."""
         return _grouped((m.target, m) for m in self.messages)
 
+    @cached_property
+    def agents(self) -> frozenset[int]:
+        """Who takes part: sends something, or receives something."""
+        return frozenset(self.outbound.keys() | self.inbound.keys())
+
     def columns(self, batch: int) -> int:
         """Columns of a message: the batch, or one."""
         return batch if self.per_sample else 1
@@ -92,16 +101,19 @@ class Round:
         return sum(m.rows for m in self.messages) * self.columns(batch)
 
 
-def _grouped(pairs: Iterable[tuple[int, Message]]) -> dict[int, tuple[Message, ...]]:
-    groups: dict[int, list[Message]] = {}
-    for agent, message in pairs:
-        groups.setdefault(agent, []).append(message)
-    return {agent: tuple(messages) for agent, messages in groups.items()}
+def _grouped(pairs: Iterable[tuple[int, Item]]) -> dict[int, tuple[Item, ...]]:
+    groups: dict[int, list[Item]] = {}
+    for agent, item in pairs:
+        groups.setdefault(agent, []).append(item)
+    return {agent: tuple(items) for agent, items in groups.items()}
 
 
 @dataclass(frozen=True)
 class Plan:
     """All rounds of a training step, computed once.
+
+    Every process walks its sequences from end to end; an agent takes part in those of the rounds
+    in which it sends or receives, so that a step costs its messages, however many rounds it has.
 
     Attributes:
         updates: the half steps of a layer.
@@ -110,6 +122,7 @@ class Plan:
         collect: the rounds up the readout tree, the deepest level first.
         norm: the rounds that sum one number over all agents, likewise; empty without clipping.
         recompute: whether the backward pass takes each half step back before its adjoint.
+        interconnect: the rounds of `J y`, with the one `J` of all layers.
     """
 
     updates: tuple[Update, ...]
@@ -118,6 +131,7 @@ class Plan:
     collect: tuple[Round, ...]
     norm: tuple[Round, ...] = ()
     recompute: bool = False
+    interconnect: tuple[Round, ...] = ()
 
     @classmethod
     def of(
@@ -135,13 +149,20 @@ class Plan:
         """
         patterns, sizes = architecture.patterns, architecture.sizes
         along_T = {T: Round.along("states", T, sizes) for T in dict.fromkeys(patterns.T)}
+        mix = Round.along("mix", patterns.R, sizes)
+        interconnect: tuple[Round, ...] = ()
+        if architecture.coupling == ("X",):
+            interconnect = mix.adjoint, mix
+        elif architecture.J is not None and architecture.J.dim() == 2:
+            interconnect = (mix,)
         plan = cls(
             updates=architecture.member.updates,
             states=tuple(along_T[T] for T in patterns.T),
-            mix=Round.along("mix", patterns.R, sizes),
+            mix=mix,
             collect=_up(architecture.tree, "collect", architecture.classes, per_sample=True),
             norm=_up(norm_tree, "norm", 1, per_sample=False) if norm_tree else (),
             recompute=recompute,
+            interconnect=_run(*interconnect),
         )
         for phase in dict.fromkeys(plan.training_step):
             for m in phase.messages:
@@ -158,17 +179,26 @@ class Plan:
     def half_step(self, layer: int, update: Update) -> tuple[Round, ...]:
         """The rounds of an update (forward): the argument of `σ`, pull, coupling."""
         states, mix = self.states[layer], self.mix
-        argument = {"K": (states,), "-KT": (states.adjoint,), "K-KT": (states, states.adjoint)}
         pull = (states.adjoint,) if update.pull else ()
         coupling = {"": (), "J": (mix,), "X": (mix,), "XT": (mix.adjoint,)}
-        return _run(*argument[update.argument], *pull, *coupling[update.coupling])
+        return (*self.argument(layer, update), *_run(*pull, *coupling[update.coupling]))
+
+    def argument(self, layer: int, update: Update) -> tuple[Round, ...]:
+        """The rounds of the argument of `σ`."""
+        states = self.states[layer]
+        rounds = {"K": (states,), "-KT": (states.adjoint,), "K-KT": (states, states.adjoint)}
+        return _run(*rounds[update.argument])
+
+    @cached_property
+    def layers(self) -> tuple[Round, ...]:
+        """The rounds from the first state to the last."""
+        layers = range(len(self.states))
+        return tuple(r for j in layers for u in self.updates for r in self.half_step(j, u))
 
     @cached_property
     def forward(self) -> tuple[Round, ...]:
         """The rounds from the inputs to the scores at the root."""
-        layers = range(len(self.states))
-        body = (r for j in layers for update in self.updates for r in self.half_step(j, update))
-        return (*body, *_run(*self.collect))
+        return (*self.layers, *_run(*self.collect))
 
     @cached_property
     def backward(self) -> tuple[Round, ...]:
@@ -176,7 +206,12 @@ class Plan:
 
         With `recompute` the rounds of a half step are run once more before their adjoints.
         """
-        rounds = [phase.adjoint for phase in reversed(_run(*self.collect))]
+        return (*(phase.adjoint for phase in reversed(_run(*self.collect))), *self.pull_back)
+
+    @cached_property
+    def pull_back(self) -> tuple[Round, ...]:
+        """The rounds of `backward` through the layers."""
+        rounds: list[Round] = []
         for j in reversed(range(len(self.states))):
             for update in reversed(self.updates):
                 half_step = self.half_step(j, update)
@@ -190,14 +225,31 @@ class Plan:
         norm = _run(*self.norm)
         return (*self.forward, *self.backward, *norm, *(r.adjoint for r in reversed(norm)))
 
+    def analysis(self, energy: bool) -> tuple[Round, ...]:
+        """The rounds of the analysis of one sample: `J M` of each cotangent, and the energies."""
+        layers = range(len(self.states))
+        products = self.interconnect * (len(self.states) + 1)
+        arguments = (r for j in layers for u in self.updates for r in self.argument(j, u))
+        return (*self.layers, *self.pull_back, *products, *(arguments if energy else ()))
+
+    @cached_property
+    def collect_of(self) -> dict[int, tuple[Round, ...]]:
+        """Per agent, the rounds of `collect` in which it takes part."""
+        return _grouped((i, phase) for phase in self.collect for i in phase.agents)
+
+    @cached_property
+    def norm_of(self) -> dict[int, tuple[Round, ...]]:
+        """Per agent, the rounds of `norm` in which it takes part."""
+        return _grouped((i, phase) for phase in self.norm for i in phase.agents)
+
     def traffic(
         self, rounds: Iterable[Round], batch: int, itemsize: int
     ) -> dict[tuple[int, int], int]:
         """Bytes from agent to agent that the given rounds move."""
         sent: dict[tuple[int, int], int] = {}
-        for phase in rounds:
+        for phase, times in Counter(rounds).items():
             for m in phase.messages:
-                size = m.rows * phase.columns(batch) * itemsize
+                size = m.rows * phase.columns(batch) * itemsize * times
                 sent[m.source, m.target] = sent.get((m.source, m.target), 0) + size
         return sent
 

@@ -112,6 +112,7 @@ class Job:
         data = describe(spec.data)
         views = split_features(spec.data, data, topology.names)
         readers, tree = _readout(spec, topology)
+        _check_distortion(spec, data)
         _check_views(spec, topology, views)
         J, X = interconnection(topology, spec), given_X(topology, spec)
         enters = spec.data.split.enter if isinstance(spec.data.split, IndexSplit) else {}
@@ -356,3 +357,20 @@ def _check_views(spec: Spec, topology: Topology, views: Sequence[View]) -> None:
                 f"what agent {name!r} sees is not a rectangle of an image and cannot be shifted",
                 "use data.split kind patches or stripes, or set shift to 0",
             )
+
+
+def _check_distortion(spec: Spec, data: DataInfo) -> None:
+    if spec.training.distort is None:
+        return
+    if data.image is None:
+        raise SpecError(
+            ("training", "distort"),
+            f"{data.name} is not a set of images, which alone can be distorted",
+            "leave distort out, or set data.name to digits or mnist",
+        )
+    if spec.training.shift:
+        raise SpecError(
+            ("training", "shift"),
+            "shift moves each agent's part by itself, and distort the whole image",
+            "set shift to 0 and use training.distort.shift, or leave distort out",
+        )

@@ -1,8 +1,8 @@
 """What one agent computes, as a function of its weights and of what arrived. No network here.
 
 Each operation that needs a neighbour is a generator: it yields `(round, {target: tensor})` and is
-sent back `{source: tensor}`. Who carries the tensors is `hdnn_dist.transport`'s business, so the
-same code runs in one process and over Ray actors.
+sent back `{source: tensor}`, for the rounds in which the agent takes part. Who carries the tensors
+is `hdnn_dist.transport`'s business, so the same code runs in one process and over Ray actors.
 
 Vectors are columns as in the paper: `y_dB` is agent i's state for a batch (its `p`, its `q`, or
 both for a member that updates them at once), `y_DB` those of all agents in its row of `T` stacked,
@@ -24,6 +24,7 @@ from hdnn_dist.family import State, Update
 from hdnn_dist.sparsity import BlockPattern
 
 Result = TypeVar("Result")
+Rounds = tuple[Round, ...]
 Request = tuple[Round, dict[int, Tensor]]
 Exchange = Generator[Request, dict[int, Tensor], Result]
 
@@ -50,14 +51,14 @@ class BlockRow:
 
     def gather(self, y_dB: Tensor) -> Exchange[Tensor]:
         """Own state out to whoever uses it; the stacked states `y_DB` of the row in."""
-        if not self.phase.messages:
+        if not (self.asks or self.serves):
             return y_dB
         inbox = yield self.phase, dict.fromkeys(self.serves, y_dB)
         return torch.cat([y_dB if l == self.i else inbox[l] for l in self.row])
 
     def scatter(self, z_DB: Tensor) -> Exchange[Tensor]:
         """Each block of `z_DB` out to the agent that it is for; the sum of own blocks `z_dB` in."""
-        if not self.phase.messages:
+        if not (self.asks or self.serves):
             return z_DB
         parts = dict(zip(self.row, z_DB.split(self.sizes), strict=True))
         inbox = yield self.phase.adjoint, {l: parts[l] for l in self.asks}
@@ -96,7 +97,7 @@ class AgentNode:
             if name not in self.constants
         }
         self.is_root = i == architecture.tree.root
-        self.is_reader = i in architecture.readers
+        self.is_reader = "readout.weight" in weights
         self.classes = architecture.classes
         patterns = architecture.patterns
         rows: dict[Round, BlockRow] = {}  # layers with one graph share a round
@@ -191,7 +192,7 @@ class AgentNode:
             scores = y.new_zeros(self.classes, y.shape[1])
         if self.is_root:
             scores = scores + self._bias("readout.bias")
-        return (yield from self.collect(self.plan.collect, scores))
+        return (yield from self.collect(self.plan.collect_of, scores))
 
     # --- backward ---------------------------------------------------------------------------
 
@@ -287,7 +288,7 @@ class AgentNode:
         y = self._output
         if scores_bar is None:
             scores_bar = y.new_zeros(self.classes, y.shape[1])
-        scores_bar = yield from self.spread(self.plan.collect, scores_bar)
+        scores_bar = yield from self.spread(self.plan.collect_of, scores_bar)
         if self.is_root:
             self.gradients["readout.bias"] += scores_bar.sum(1)
         if not self.is_reader:
@@ -340,17 +341,22 @@ class AgentNode:
 
     # --- sums over a tree -------------------------------------------------------------------
 
-    def collect(self, rounds: tuple[Round, ...], value: Tensor) -> Exchange[Tensor]:
-        """The sum of everybody's value, complete at the root: children's sums are added."""
-        for phase in rounds:
+    def collect(self, rounds: Mapping[int, Rounds], value: Tensor) -> Exchange[Tensor]:
+        """The sum of everybody's value, complete at the root: children's sums are added.
+
+        Args:
+            rounds: of the tree, per agent those in which it takes part.
+            value: own.
+        """
+        for phase in rounds.get(self.i, ()):
             inbox = yield phase, {m.target: value for m in phase.outbound.get(self.i, ())}
             for m in phase.inbound.get(self.i, ()):
                 value = value + inbox[m.source]
         return value
 
-    def spread(self, rounds: tuple[Round, ...], value: Tensor) -> Exchange[Tensor]:
+    def spread(self, rounds: Mapping[int, Rounds], value: Tensor) -> Exchange[Tensor]:
         """The adjoint of `collect`: the root's value, copied down to everybody."""
-        for phase in reversed(rounds):
+        for phase in reversed(rounds.get(self.i, ())):
             down = phase.adjoint
             inbox = yield down, {m.target: value for m in down.outbound.get(self.i, ())}
             for m in down.inbound.get(self.i, ()):

@@ -459,6 +459,35 @@ Schedule = Annotated[
 ]
 
 
+class Distort(Section):
+    """Smooth random maps of the plane, one a training image (Simard, Steinkraus, Platt 2003).
+
+    Each agent sees its own pixels of the distorted image; to find them it reads all pixels of the
+    training images itself. Test images are not distorted, and an agent reads its own pixels alone.
+    """
+
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(
+        default=0.0, description="Degrees, up to so many either way, about the centre."
+    )
+    scale: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Height and width, each by a factor of 1 ± up to this."
+    )
+    shear: Annotated[float, Field(ge=0, le=60)] = Field(
+        default=0.0, description="Slant of vertical lines, in degrees, up to so many either way."
+    )
+    shift: Annotated[float, Field(ge=0, le=1024)] = Field(
+        default=0.0, description="Pixels, also fractions, down and right, up to so many either way."
+    )
+    elastic: Annotated[float, Field(ge=0, le=1024)] = Field(
+        default=0.0,
+        description="Pixels: root mean square of each component of a smooth random field.",
+    )
+    sigma: Annotated[float, Field(ge=1, le=1e6)] = Field(
+        default=4.0,
+        description="Pixels: how smooth that is, as the deviation of a Gaussian that blurs it.",
+    )
+
+
 class TrainingSpec(Section):
     """How the weights are found. All of it is local to an agent but the clipping norm."""
 
@@ -488,6 +517,10 @@ class TrainingSpec(Section):
     shift: Pixels = Field(
         default=0,
         description="Augmentation: each agent's image part moves by up to so many pixels.",
+    )
+    distort: Distort | None = Field(
+        default=None,
+        description="Augmentation: whole images are rotated, scaled, slanted, moved and bent.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "float64"] = "float32"

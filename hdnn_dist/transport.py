@@ -12,7 +12,7 @@ import math
 import secrets
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hdnn_dist.errors import AgreementError, TransportError
 from hdnn_dist.exchange import Message, Round
-from hdnn_dist.node import Exchange
+from hdnn_dist.node import Exchange, Request
 from hdnn_dist.sparsity import BlockPattern
 
 Result = TypeVar("Result")
@@ -47,52 +47,60 @@ class Transport(Protocol):
 
 
 def drive(
-    agents: Mapping[int, Exchange[Result]], transport: Transport, batch: int
+    agents: Mapping[int, Exchange[Result]],
+    transport: Transport,
+    batch: int,
+    rounds: Iterable[Round],
 ) -> dict[int, Result]:
-    """Run the agents of a process in lockstep, round by round, and return what each returns.
+    """Run the generators of a process's agents through a plan's rounds; what each returns.
 
-    All agents run through the same rounds of one plan; who has nothing to send in a round
-    takes part with an empty hand.
+    In each round those that take part are resumed, and no others. The transport sees every round,
+    so that all processes go through the same ones.
 
     Args:
         agents: a started-to-be generator per agent (see `hdnn_dist.node`).
         transport: carries the messages.
         batch: number of samples, which fixes the size of every message.
+        rounds: the plan's, in order.
 
     Raises:
         AgreementError: an agent is in another round, or sends what the plan does not have.
         TransportError: another process is gone.
     """
     names = transport.names
-    inboxes: dict[int, dict[int, Tensor] | None] = dict.fromkeys(agents)
+    waiting: dict[int, Request] = {}
     results: dict[int, Result] = {}
-    while True:
-        phase: Round | None = None
+
+    def resume(i: int, inbox: dict[int, Tensor] | None) -> None:
+        try:
+            # A generator is started by sending None.
+            waiting[i] = agents[i].send(inbox)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            results[i] = stop.value
+
+    for i in agents:
+        resume(i, None)
+    for phase in rounds:
+        few, many = sorted((agents.keys(), phase.agents), key=len)
+        inboxes: dict[int, dict[int, Tensor]] = {i: {} for i in few if i in many}
         mail: Mail = {}
-        for i, agent in agents.items():
-            try:
-                # A generator is started by sending None.
-                wanted, outbox = agent.send(inboxes[i])  # type: ignore[arg-type]
-            except StopIteration as stop:
-                results[i] = stop.value
-                continue
-            if phase is not None and phase is not wanted:
+        for i in inboxes:
+            if i in results:
+                raise AgreementError(f"agent {names[i]} ended before round {phase.name}")
+            wanted, outbox = waiting.pop(i)
+            if wanted is not phase:
                 raise AgreementError(
-                    f"agent {names[i]} is in round {wanted.name}, the others here in {phase.name}"
+                    f"agent {names[i]} is in round {wanted.name}, where the plan has {phase.name}"
                 )
-            phase = wanted
             for target, tensor in outbox.items():
                 mail[i, target] = tensor
-        if phase is None:
-            return results
-        if results:
-            ended = ", ".join(names[i] for i in results)
-            raise AgreementError(f"round {phase.name}: agent(s) {ended} ended before the others")
-        inboxes = {i: {} for i in agents}
         for (source, target), tensor in transport.exchange(phase, mail, batch).items():
-            box = inboxes[target]
-            assert box is not None
-            box[source] = tensor
+            inboxes[target][source] = tensor
+        for i, inbox in inboxes.items():
+            resume(i, inbox)
+    for i, (wanted, _) in waiting.items():
+        raise AgreementError(f"agent {names[i]} is in round {wanted.name} at the plan's end")
+    return {i: results[i] for i in agents}
 
 
 class InProcess:

@@ -17,6 +17,7 @@ from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
 from hdnn_dist.data import Part, load_rows
 from hdnn_dist.errors import DataError
+from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.storage import Place
@@ -48,17 +49,14 @@ class Worker:
     def load_data(self) -> None:
         """Read the agents' data now, not in the first round, for which others wait."""
         for agent in self.agents.values():
-            for part in PARTS:
-                agent.features(part)
-                if agent.is_root:
-                    agent.labels(part)
+            agent.load_data()
 
     def train(self, steps: int) -> list[StepResult]:
         """Take so many optimiser steps from where the run stands."""
         results: list[StepResult] = []
         for _ in range(steps):
             actions = {i: agent.train_step(self.step) for i, agent in self.agents.items()}
-            results += self._drive(actions, self.job.batch)
+            results += self._drive(actions, self.job.batch, self.job.plan.training_step)
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         return results
@@ -80,7 +78,7 @@ class Worker:
         sums: list[tuple[float, int]] = []
         for start, stop in _slices(samples):
             actions = {i: a.evaluate(part, start, stop) for i, a in self.agents.items()}
-            sums += self._drive(actions, stop - start)
+            sums += self._drive(actions, stop - start, self.job.plan.forward)
         if not sums:
             return None
         loss, correct = (sum(column) for column in zip(*sums, strict=True))
@@ -102,7 +100,7 @@ class Worker:
         chunks: list[np.ndarray] = []
         for start, stop in _slices(len(next(iter(own.values())))):
             actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
-            chunks += self._drive(actions, stop - start)
+            chunks += self._drive(actions, stop - start, self.job.plan.forward)
         return np.concatenate(chunks) if chunks else None
 
     def gradient_squares(self) -> Tensor:
@@ -120,7 +118,9 @@ class Worker:
             i: agent.sensitivities(agent.features("test")[:samples], V)
             for i, agent in self.agents.items()
         }
-        sums = self._drive(actions, V.shape[1])
+        energy = self.job.architecture.member.activation.integral is not None
+        rounds = self.job.plan.analysis(energy) * samples
+        sums = self._drive(actions, V.shape[1], rounds)
         return reduce(operator.add, sums)
 
     def save(self, folder: Place) -> dict[str, str]:
@@ -146,10 +146,15 @@ class Worker:
                 agent.load_state(load_agent(folder, agent.name, manifest), writer)
         self.step = manifest.step
 
-    def _drive(self, actions: Mapping[int, Exchange[Result | None]], batch: int) -> list[Result]:
+    def _drive(
+        self,
+        actions: Mapping[int, Exchange[Result | None]],
+        batch: int,
+        rounds: Sequence[Round],
+    ) -> list[Result]:
         """Run an action of every agent here; what the root returned, if it lives here."""
         with torch.no_grad():
-            results = drive(actions, self.transport, batch)
+            results = drive(actions, self.transport, batch, rounds)
         return [result for result in results.values() if result is not None]
 
 

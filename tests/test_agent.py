@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hdnn_dist.agent import cross_entropy
-from hdnn_dist.data import background
+from hdnn_dist.data import background, load_images, scaled
+from hdnn_dist.distortion import Distortion
 from hdnn_dist.errors import CheckpointError
 from hdnn_dist.job import Job
 from hdnn_dist.testing import assert_close, dense_step
@@ -109,6 +110,27 @@ def test_augmentation_shifts_every_agents_part_alike() -> None:
         assert common, f"no shift explains sample {b}"
         seen |= common
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("kind", ["stripes", "auto"])
+def test_distortion_shows_every_agent_its_part_of_the_same_images(kind: str) -> None:
+    of = worker("training.distort={rotate: 20, elastic: 1}", f"data.split={{kind: {kind}}}")
+    data, training = of.job.spec.data, of.job.spec.training
+    images = torch.from_numpy(load_images(data, "train"))
+    assert training.distort is not None
+    for step in (0, 1):
+        index = of.agents[0]._batch(step)
+        whole = Distortion(training.distort, (8, 8), range(64))(images[index], 0, step)
+        expected = torch.from_numpy(scaled("digits", whole.numpy())).double()
+        seen = torch.cat([agent._inputs(step, index) for agent in of.agents.values()])
+        assert_close(seen, expected.T, "the distorted images", 1e-5)
+
+
+def test_what_is_not_trained_on_is_not_distorted() -> None:
+    of, plain = worker("training.distort.rotate=90"), worker()
+    for part in ("train", "test"):
+        assert torch.equal(of.agents[1].features(part), plain.agents[1].features(part))
+    assert of.evaluate("train") == plain.evaluate("train")
 
 
 def test_a_state_of_another_shape_is_refused() -> None:

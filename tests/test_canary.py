@@ -36,10 +36,14 @@ KINDS = ("inputs", "labels", "weights", "optimizer", "gradients")
 DTYPES = ["float64", "float32"]
 
 
-def a_job(dtype: str, encoder: str = "linear") -> Job:
+DISTORT = "training.distort={rotate: 20, scale: 0.2, shift: 1, elastic: 1}"
+
+
+def a_job(dtype: str, encoder: str = "linear", *overrides: str) -> Job:
     return Job.load(
         None,
         [
+            *overrides,
             *("topology.agents=4", "topology.edges.args.n=4", "topology.d=16", "model.layers=2"),
             *("training.batch_size=32", "training.clip_norm=1.0", f"training.dtype={dtype}"),
             *(f"model.encoder={encoder}", "cluster.timeout=30", "cluster.agents_per_actor=1"),
@@ -63,6 +67,9 @@ def secrets(worker: Worker) -> Secrets:
     order = epoch_order(job.spec.training.seed, 0, job.data.train)
     for agent in worker.agents.values():
         found["inputs"] += [agent.features(part)[:8].numpy() for part in ("train", "test")]
+        if job.spec.training.distort is not None:
+            index = agent._batch(worker.step)
+            found["inputs"].append(agent._inputs(worker.step, index).numpy())
         found["gradients"] += [g.numpy() for g in agent.node.gradients.values()]
         for name, value in agent.state().items():
             if value.dim():  # a counter is no secret
@@ -128,9 +135,9 @@ class Recorder(InProcess):
 
 
 @cache
-def listen_in(encoder: str, dtype: str) -> tuple[Secrets, list[bytes]]:
+def listen_in(encoder: str, dtype: str, *overrides: str) -> tuple[Secrets, list[bytes]]:
     """A run in one process: its secrets before and after each step, and all that it sent."""
-    job = a_job(dtype, encoder)
+    job = a_job(dtype, encoder, *overrides)
     worker = LocalRunner(job).worker
     recorder = worker.transport = in_process(job, Recorder)
     recorder.heard = []
@@ -149,6 +156,15 @@ def test_no_secret_is_in_what_agents_send(dtype: str) -> None:
     assert sum(map(len, sent)) > 10**5
     for kind in KINDS:
         assert leaks(kind, known[kind], sent) == 0, kind
+
+
+def test_distorted_inputs_are_not_sent_either() -> None:
+    known, sent = listen_in("linear", "float64", DISTORT)
+    assert leaks("inputs", known["inputs"], sent) == 0
+    distorted = known["inputs"][-1]
+    assert leaks("inputs", known["inputs"], [*sent, distorted[:, :4].tobytes()]) > 0
+    betrayed, sent = listen_in("pad", "float64", DISTORT)
+    assert leaks("inputs", [betrayed["inputs"][2]], sent) > 100
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

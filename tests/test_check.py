@@ -57,6 +57,24 @@ def test_a_model_that_the_graph_cannot_have_is_refused(
         report(topology=line("abc") | topology, model=model)
 
 
+@pytest.mark.parametrize(
+    ("data", "more", "reason"),
+    [
+        (
+            "swiss_roll",
+            {},
+            r"training\.distort: swiss_roll is not a set of images.*leave distort out",
+        ),
+        ("digits", {"shift": 1}, r"training\.shift: .*by itself.*use training\.distort\.shift"),
+    ],
+)
+def test_a_distortion_that_cannot_be_is_refused(
+    data: str, more: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(SpecError, match=reason):
+        report(topology=line("ab"), data={"name": data}, training={"distort": {}} | more)
+
+
 @pytest.mark.parametrize("name", ["H1", "MS2"])
 def test_states_that_no_inverse_recomputes_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match=r"training\.activations: .*no closed inverse.*set activa"):

@@ -27,7 +27,7 @@ from torch import Tensor
 from hdnn_dist.agent import Evaluation
 from hdnn_dist.api import fit
 from hdnn_dist.cluster import AgentActor, RayRunner, _admits, actor_class
-from hdnn_dist.data import load_features
+from hdnn_dist.data import Part, load_features, load_images
 from hdnn_dist.errors import AgreementError, LostError, PlacementError, RunError
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Packing, hosts
@@ -58,7 +58,7 @@ class Probe(AgentActor):
         for thing in gc.get_referents(*gc.get_objects()):
             if isinstance(thing, Tensor):
                 thing = thing.detach().numpy()
-            if type(thing) is np.ndarray and thing.dtype.kind == "f":
+            if type(thing) is np.ndarray and thing.dtype.kind in "fu":
                 blobs |= {thing.tobytes("C"), thing.tobytes("F")}
         return [any(canary in blob for blob in blobs) for canary in canaries]
 
@@ -104,16 +104,21 @@ def test_a_step_on_actors_is_the_dense_one(three: list[Any], job: Job) -> None:
     assert_follows_plan(sent, job.plan, job.architecture.patterns.S, job.batch, 8)
 
 
-def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(three: list[Any]) -> None:
-    job = Job.load(None, TINY)
+@pytest.mark.parametrize("distort", [False, True])
+def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(
+    distort: bool, three: list[Any]
+) -> None:
+    """But for whole training images, where these are distorted."""
+    job = Job.load(None, [*TINY, *["training.distort.rotate=10"] * distort])
     packing = host(three, job)
     call(three, "train", 3)
     local = LocalRunner(job)  # the same run, to know what the others' weights look like
     local.train(3)
+    part: Part = "test" if distort else "train"
     canaries: list[bytes] = []
     owners: list[int] = []
     for i, agent in local.worker.agents.items():
-        columns = load_features(job.spec.data, "train", job.views[i].columns)
+        columns = load_features(job.spec.data, part, job.views[i].columns)
         state = agent.state()
         for secret in (
             torch.from_numpy(columns).double()[:40],
@@ -126,6 +131,9 @@ def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(three: 
     rank_of = hosts(packing)
     for rank, held in enumerate(call(three, "holds", canaries)):
         assert held == [rank_of[owner] == rank for owner in owners]
+    if distort:
+        images = load_images(job.spec.data, "train")
+        assert all(call(three, "holds", [images[:40].tobytes()])), "SECURITY.md says so"
 
 
 @pytest.mark.parametrize("per_actor", [1, 3])
@@ -137,6 +145,7 @@ def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_pat
             "topology.agents=6",
             "topology.edges.args.n=6",
             "training.clip_norm=0.5",
+            "training.distort={rotate: 10, elastic: 1}",
             f"cluster.agents_per_actor={per_actor}",
         ],
     )

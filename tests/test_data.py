@@ -270,6 +270,23 @@ def test_columns_come_in_the_order_given(columns: list[int]) -> None:
     np.testing.assert_array_equal(load_features(few, "test", columns), whole[:, columns])
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_whole_images_are_what_the_features_are_scaled_from(part: str, folder: Path) -> None:
+    for some in (spec(train_samples=9), spec(name="mnist", dir=str(folder), test_samples=7)):
+        info = describe(some)
+        images = data.load_images(some, part)
+        assert images.dtype == np.uint8
+        x = load_features(some, part, range(info.features))
+        np.testing.assert_allclose(data.scaled(some.name, images), x, atol=1e-6)
+
+
+def test_a_process_holds_one_copy_of_whole_images(folder: Path) -> None:
+    some = {"name": "mnist", "dir": str(folder)}
+    agents_share = data.load_images(spec(**some), "train")
+    other_split = spec(**some, split={"kind": "patches", "grid": [4, 4]})
+    assert data.load_images(other_split, "train") is agents_share
+
+
 # --- MNIST files ---------------------------------------------------------------------------------
 
 

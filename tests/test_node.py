@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,8 +23,10 @@ from hdnn_dist.worker import Worker
 from tests.strategies import in_process, jobs
 
 
-def run(agents: dict[int, Exchange[Tensor]], job: Job, batch: int = 2) -> dict[int, Tensor]:
-    return drive(agents, in_process(job), batch)
+def run(
+    agents: dict[int, Exchange[Tensor]], job: Job, rounds: Iterable[Round]
+) -> dict[int, Tensor]:
+    return drive(agents, in_process(job), 2, rounds)
 
 
 @given(jobs())
@@ -31,17 +35,18 @@ def test_scatter_is_the_adjoint_of_gather(job: Job) -> None:
     patterns, sizes = job.architecture.patterns, job.architecture.patterns.sizes
     for pattern in {*patterns.T, patterns.R}:
         phase = Round.along("states", pattern, sizes)
+        there, back = ([r] if r.messages else [] for r in (phase, phase.adjoint))
         rows = {i: BlockRow(i, pattern, sizes, phase) for i in range(len(sizes))}
         stacked = [sum(sizes[l] for l in row) for row in pattern.rows]
 
         def gather(y: Tensor) -> Tensor:
             parts = [y[part] for part in offsets(sizes)]
-            out = run({i: row.gather(parts[i]) for i, row in rows.items()}, job)  # noqa: B023
+            out = run({i: row.gather(parts[i]) for i, row in rows.items()}, job, there)  # noqa: B023
             return torch.cat([out[i] for i in sorted(out)])
 
         def scatter(z: Tensor) -> Tensor:
             parts = [z[part] for part in offsets(stacked)]  # noqa: B023
-            out = run({i: row.scatter(parts[i]) for i, row in rows.items()}, job)  # noqa: B023
+            out = run({i: row.scatter(parts[i]) for i, row in rows.items()}, job, back)  # noqa: B023
             return torch.cat([out[i] for i in sorted(out)])
 
         y = torch.randn(sum(sizes), 2, dtype=torch.float64)
@@ -54,18 +59,20 @@ def test_spread_is_the_adjoint_of_collect(job: Job) -> None:
     agents = Worker(job, range(len(job.architecture.names)), in_process(job))
     nodes = {i: agent.node for i, agent in agents.agents.items()}
     on_tree = sorted(job.architecture.tree.depth)
-    C, rounds = job.architecture.classes, job.plan.collect
+    C, own = job.architecture.classes, job.plan.collect_of
+    up = job.plan.collect
+    down = [phase.adjoint for phase in reversed(up)]
 
     def collect(y: Tensor) -> Tensor:
         zero = torch.zeros(C, 2, dtype=torch.float64)
         parts = dict(zip(on_tree, y.split(C), strict=True))
-        out = run({i: n.collect(rounds, parts.get(i, zero)) for i, n in nodes.items()}, job)
+        out = run({i: n.collect(own, parts.get(i, zero)) for i, n in nodes.items()}, job, up)
         return out[job.root]
 
     def spread(z: Tensor) -> Tensor:
         zero = torch.zeros_like(z)
         start = {i: z if i == job.root else zero for i in nodes}
-        out = run({i: n.spread(rounds, start[i]) for i, n in nodes.items()}, job)
+        out = run({i: n.spread(own, start[i]) for i, n in nodes.items()}, job, down)
         return torch.cat([out[i] for i in on_tree])
 
     y = torch.randn(C * len(on_tree), 2, dtype=torch.float64)
@@ -93,6 +100,14 @@ def test_the_rounds_run_in_the_order_of_the_plan(job: Job) -> None:
     seen: list[Round] = []
     Worker(job, range(len(job.architecture.names)), in_process(job, Recorder)).train(1)
     assert seen == list(job.plan.training_step)
+
+
+@given(jobs())
+def test_so_do_those_of_an_analysis(job: Job) -> None:
+    architecture = job.architecture
+    worker = Worker(job, range(len(architecture.names)), in_process(job))
+    sums = worker.sensitivities(2, torch.ones(2 * architecture.n, 1, dtype=torch.float64))
+    assert sums.gram.shape[:2] == (architecture.patterns.layers + 1, 2)
 
 
 @pytest.mark.parametrize("encoder", ["pad", "linear"])

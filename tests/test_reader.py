@@ -183,6 +183,8 @@ BOMB = "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" for k in range(20))
         (A4 + "training: {batch_size: 10000000000}", ["batch_size: 1", "up to 1000000000"]),
         (A4 + "training: {optimizer: {lr: 1e7}}", ["lr: 10000000.0 given", "up to 1000000"]),
         (A4 + "training: {shift: 100000000000000000000}", ["training.shift: 1", "up to 1024"]),
+        (A4 + "training: {distort: {scale: 1}}", ["distort.scale: 1", "below 1"]),
+        (A4 + "training: {distort: {sigma: 0}}", ["distort.sigma: 0", "from 1 up"]),
         (A4 + "training: {schedule: {name: one-cycle, end: .inf}}", ["end: Infinity given"]),
         ("topology: {agents: [{name: a, gpus: 1}]}", ["agents.0.gpus: unknown key", "'gpu'"]),
         ("topology: {agents: 2, edges: [[a1]]}", ["topology.edges.0.1: missing"]),

@@ -69,21 +69,55 @@ def test_what_is_not_in_the_plan_is_not_sent(
         transport.exchange(round_, mail, batch=3)
 
 
-def waiting(*rounds: Round) -> Exchange[None]:
+pull = Round("pull", (Message(0, 1, 2),))
+
+
+def waiting(*rounds: Round, outbox: dict[int, Tensor] | None = None) -> Exchange[None]:
     for wanted in rounds:
-        yield wanted, {}
+        yield wanted, outbox or {}
 
 
 @pytest.mark.parametrize(
     ("agents", "complaint"),
     [
-        ({0: (phase,), 1: (Round("pull", ()),)}, "ben is in round pull, the others here in states"),
-        ({0: (), 1: (phase,)}, "round states: agent.s. ann ended before the others"),
+        ({1: (pull,)}, "ben is in round pull, where the plan has states"),
+        ({1: ()}, "ben ended before round states"),
+        ({1: (phase, phase)}, "ben is in round states at the plan's end"),
+        ({2: (pull,)}, "eve is in round pull at the plan's end"),
     ],
 )
 def test_agents_out_of_step_are_named(agents: dict[int, tuple[Round, ...]], complaint: str) -> None:
+    right = {0: waiting(phase, outbox={1: torch.ones(2, 3)}), 1: waiting(phase)}
+    wrong = {i: waiting(*rounds) for i, rounds in agents.items()}
     with pytest.raises(AgreementError, match=complaint):
-        drive({i: waiting(*rounds) for i, rounds in agents.items()}, in_process(), 3)
+        drive(right | wrong, in_process(), 3, [phase])
+
+
+def test_agents_are_resumed_in_their_own_rounds_alone() -> None:
+    """Of three in a row, each round of a tree: ann, then ben and eve, and ben once more alone."""
+
+    class Recorder(InProcess):
+        def exchange(self, phase: Round, mail: dict, batch: int) -> dict:
+            seen.append(phase.name)
+            return super().exchange(phase, mail, batch)
+
+    def agent(i: int, *rounds: Round) -> Exchange[float]:
+        total = float(i)
+        for wanted in rounds:
+            inbox = yield (
+                wanted,
+                {m.target: torch.full((1, 3), total) for m in wanted.outbound.get(i, ())},
+            )
+            total += sum(value[0, 0].item() for value in inbox.values())
+            seen.append(i)
+        return total
+
+    seen: list[object] = []
+    first, second = (Round(f"{s} to {t}", (Message(s, t, 1),)) for s, t in ((2, 1), (1, 0)))
+    agents = {0: agent(0, second), 1: agent(1, first, second), 2: agent(2, first)}
+    transport = Recorder(BlockPattern.of(3, [(1, 2), (0, 1)]), NAMES, torch.float32)
+    assert drive(agents, transport, 3, [first, second]) == {0: 3.0, 1: 3.0, 2: 2.0}
+    assert seen == ["2 to 1", 1, 2, "1 to 0", 0, 1]
 
 
 # --- between processes: ann, ben and eve have one each, and ben keeps to the plan -----------------
