@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from jinja2 import Environment, StrictUndefined
 from matplotlib.image import imsave
+from pydantic import TypeAdapter, ValidationError
 
 from hdnn_dist import __version__, figures
 from hdnn_dist.api import open_run
@@ -35,9 +36,11 @@ from hdnn_dist.report import of_agents
 from hdnn_dist.run import check_can_be_made, differences, reopen
 from hdnn_dist.storage import Place, Where, place, write
 from hdnn_dist.trainer import Summary, read_summary
+from hdnn_dist.worker import Times
 
 MOST = 8  # runs side by side
 BSM_SAMPLES = 4
+_TIMES = TypeAdapter(list[Times])
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,22 @@ class Wrong:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Where an agent was, and what a training step was to it.
+
+    Attributes:
+        actor: its number.
+        node: its machine; empty for one process.
+        seconds: of `figures.PARTS`. An agent waits for other processes, and while others in its own
+            compute; what is left of a step is its process's, to hand over messages.
+    """
+
+    actor: int
+    node: str
+    seconds: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Shown:
     """A run as the page shows it.
 
@@ -78,6 +97,7 @@ class Shown:
         counts: test samples by class and by the class they were taken for.
         worst: those whose class was least believed.
         bsm: see `hdnn_dist.report.of_agents`; None if it was not measured.
+        shares: by agent, if there is a record of it.
     """
 
     number: int
@@ -93,6 +113,7 @@ class Shown:
     counts: npt.NDArray[np.int64]
     worst: list[Wrong]
     bsm: dict[str, Any] | None
+    shares: dict[str, Share]
 
     @property
     def title(self) -> str:
@@ -191,6 +212,7 @@ def _look(
         job = runner.job
         probabilities = runner.predict("test").astype(np.float64)
         measured = of_agents(runner, min(BSM_SAMPLES, job.data.test)) if bsm else None
+    records = read_metrics(run)
     labels = load_labels(job.spec.data, "test")
     taken = probabilities.argmax(1)
     believed = probabilities[np.arange(len(labels)), labels]
@@ -205,12 +227,13 @@ def _look(
         state=latest_checkpoint(run)[1].state,
         summary=read_summary(run, step),
         told=examine(job, [this_machine()]),
-        records=read_metrics(run),
+        records=records,
         accuracy=float((taken == labels).mean()),
         loss=float(-np.log(np.maximum(believed, 1e-45)).mean()),
         counts=counts,
         worst=list(_wrong(job, least, labels, taken, probabilities)) if worst else [],
         bsm=measured,
+        shares=_shares(records, job),
     )
 
 
@@ -243,6 +266,31 @@ def _picture(x_HW: npt.NDArray[np.float32]) -> str:
 
 def _few(names: object) -> str:
     return ", ".join(map(str, names)) if isinstance(names, list) and names else "nobody"
+
+
+def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
+    """Where the agents were last, and what the steps that they took there came to."""
+    runs: list[list[Times]] = []
+    for record in records:
+        if record.get("kind") == "times":
+            try:
+                runs.append(_TIMES.validate_python(record.get("actors")))
+            except ValidationError:
+                continue
+    last = [own.agents for own in runs[-1]] if runs else []
+    if {name for agents in last for name in agents} != set(job.topology.names):
+        return {}
+    shares = {}
+    for k, agents in enumerate(last):
+        own = [times for actors in runs for times in actors if times.agents == agents]
+        steps = max(1, sum(times.steps for times in own))
+        total = sum(times.total for times in own) / steps
+        compute = [sum(column) / steps for column in zip(*(t.compute for t in own), strict=True)]
+        wait = sum(times.wait for times in own) / steps
+        send = max(0.0, total - sum(compute) - wait)
+        for name, mine in zip(agents, compute, strict=True):
+            shares[name] = Share(k, own[-1].node, (mine, send, wait + sum(compute) - mine))
+    return shares
 
 
 def _points(run: Shown, kind: str, key: str) -> tuple[tuple[int, float], ...]:
@@ -290,7 +338,8 @@ def _of_each(
 
 def _agents(name: str, run: Shown) -> Chart | str:
     try:
-        return figures.topology(run.job, None, name)
+        hosts = [run.shares[agent].actor for agent in run.job.topology.names if run.shares]
+        return figures.topology(run.job, hosts or None, name)
     except UserError as error:
         return f"The graph is not drawn: {error}."
 
@@ -333,7 +382,9 @@ def _sensitivities(name: str, run: Shown) -> Chart | str:
 
 
 def _times(name: str, run: Shown) -> Chart | str:
-    return "There is no record of the agents' time."
+    if not run.shares:
+        return "There is no record of the agents' time, nor of who shared an actor."
+    return figures.times(name, [*run.shares], [share.seconds for share in run.shares.values()])
 
 
 def _confusion(name: str, run: Shown) -> Chart | str:

@@ -74,7 +74,15 @@ def test_a_run_is_a_page_that_needs_nothing_else(
     assert f"hdnn-dist eval {runs[0]}" in text
     assert text.count('alt="Test sample ') == 12
     names = {file.stem for file in page.parent.glob("*.png")}
-    assert names == {"topology", "loss", "accuracy", "gradients", "sensitivities", "confusion"}
+    assert names == {
+        "topology",
+        "loss",
+        "accuracy",
+        "gradients",
+        "sensitivities",
+        "times",
+        "confusion",
+    }
 
 
 def test_runs_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
@@ -108,6 +116,33 @@ def test_a_run_that_was_cut_short_has_a_page(runs: list[Path], tmp_path: Path) -
     assert "<td>3 of 6</td>" in text
     assert "step 3: left a3; joined nobody" in text
     assert "no record of the gradients" in text
+    assert "no record of the agents&#39; time" in text
+
+
+def test_where_the_time_went_and_who_shared_an_actor(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "timed"
+    shutil.copytree(runs[0], run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["kind"] != "times"]
+
+    def record(step: int, *actors: tuple[list[str], list[float]]) -> str:
+        shared = {"steps": 3, "total": 0.3, "wait": 0.03, "node": "here <1>"}
+        own = [{"agents": names, "compute": compute, **shared} for names, compute in actors]
+        return json.dumps({"kind": "times", "step": step, "actors": own})
+
+    def page(*records: str) -> str:
+        (run / "metrics.jsonl").write_text("\n".join([*kept, *records]))
+        return Path(str(write_page([run], local=True, bsm=False, worst=0))).read_text()
+
+    halves = (["a1", "a2"], [0.03, 0.06]), (["a3", "a4"], [0.09, 0.09])
+    text = page(record(2, *halves), record(5, *halves))
+    # A step takes 100 ms: a2 computes 20, its actor waits 10, a1 computes 10, the rest is 60.
+    assert "a2: compute 20 ms, send 60 ms, wait 20 ms." in text
+    assert "a4 sees 16 of 64 features, in actor 1." in text
+    assert "here &lt;1&gt;" in text
+    three = record(5, (["a1", "a2", "a3"], [0.1] * 3))
+    for records in ([record(2, *halves), three], ['{"kind": "times", "step": 1, "actors": [1]}']):
+        assert "no record of the agents&#39; time" in page(*records)
 
 
 def test_what_cannot_be_a_page_is_refused(
