@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ from hdnn_dist.placement import Demand, Node, Packing, address_of, assign, deman
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
 from hdnn_dist.transport import InProcess, PointToPoint
-from hdnn_dist.worker import PARTS, Worker
+from hdnn_dist.worker import PARTS, Times, Worker
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
@@ -160,6 +161,9 @@ class AgentActor:
 
     def predict(self, source: str) -> np.ndarray | None:  # noqa: D102
         return self.worker.predict(source)
+
+    def times(self) -> Times:  # noqa: D102
+        return self.worker.times()
 
     def gradient_squares(self) -> Tensor:  # noqa: D102
         return self.worker.gradient_squares()
@@ -404,6 +408,12 @@ class RayRunner:
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return sum(self._all("sent"), Counter())
+
+    def times(self) -> list[Times]:  # noqa: D102
+        return [
+            replace(own, node=node)
+            for own, node in zip(self._all("times"), self._nodes, strict=True)
+        ]
 
     def gradient_squares(self) -> Tensor:  # noqa: D102
         squares: Tensor = reduce(operator.add, self._all("gradient_squares"))

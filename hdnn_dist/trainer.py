@@ -41,7 +41,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Worker
+from hdnn_dist.worker import Times, Worker
 
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
@@ -73,6 +73,10 @@ class Runner(Protocol):
 
     def sent(self) -> Counter[tuple[int, int]]:
         """Bytes sent so far from agent to agent."""
+        ...
+
+    def times(self) -> list[Times]:
+        """Where the time of training steps went since the last call, actor by actor."""
         ...
 
     def gradient_squares(self) -> Tensor:
@@ -138,6 +142,9 @@ class LocalRunner:
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return self.worker.transport.sent
+
+    def times(self) -> list[Times]:  # noqa: D102
+        return [self.worker.times()]
 
     def gradient_squares(self) -> Tensor:  # noqa: D102
         return self.worker.gradient_squares()
@@ -243,6 +250,9 @@ class Listener:
 
     def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:
         """An epoch has ended; `norms[j] = ‖∂loss/∂y_j‖`, `j = 0 … N`, in its last step."""
+
+    def timed(self, step: int, times: Sequence[Times]) -> None:
+        """An epoch has ended; where the time of its steps went, actor by actor."""
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """The test set was gone through."""
@@ -398,6 +408,7 @@ class Trainer:
                 if not position:
                     norms = runner.gradient_squares().sqrt().tolist()
                     self._tell("differentiated", step, epoch, norms)
+                    self._tell("timed", step, runner.times())
                     if epoch % training.eval_every == 0 or ends:
                         evaluation = runner.evaluate()
                         best = max(best, evaluation.accuracy)

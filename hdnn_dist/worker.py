@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -27,6 +29,27 @@ PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
 
 
+@dataclass(frozen=True)
+class Times:
+    """Where the seconds of some training steps of an actor went.
+
+    Attributes:
+        agents: its agents.
+        steps: how many.
+        total: all seconds.
+        compute: of these, those in which each agent computed.
+        wait: those in which nothing was left but to wait for other processes.
+        node: the machine; empty for the process that asks.
+    """
+
+    agents: tuple[str, ...]
+    steps: int
+    total: float
+    compute: tuple[float, ...]
+    wait: float
+    node: str = ""
+
+
 class Worker:
     """Hosts some of a job's agents.
 
@@ -45,6 +68,7 @@ class Worker:
         self.agents = {i: Agent(job, i) for i in agents}
         self.step = 0
         self._faults: list[Fault] = []
+        self._forget_times()
 
     def load_data(self) -> None:
         """Read the agents' data now, not in the first round, for which others wait."""
@@ -54,12 +78,48 @@ class Worker:
     def train(self, steps: int) -> list[StepResult]:
         """Take so many optimiser steps from where the run stands."""
         results: list[StepResult] = []
+        started, waited = time.perf_counter(), self.transport.waited
         for _ in range(steps):
-            actions = {i: agent.train_step(self.step) for i, agent in self.agents.items()}
+            actions = {
+                i: self._timed(i, agent.train_step(self.step)) for i, agent in self.agents.items()
+            }
             results += self._drive(actions, self.job.batch, self.job.plan.training_step)
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
+        self._steps += steps
+        self._total += time.perf_counter() - started
+        self._wait += self.transport.waited - waited
         return results
+
+    def _timed(self, i: int, action: Exchange[Result]) -> Exchange[Result]:
+        """An agent's action, with the seconds counted in which it is at work."""
+        inbox: dict[int, Tensor] | None = None
+        while True:
+            started = time.perf_counter()
+            try:
+                request = action.send(inbox)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            finally:
+                self._compute[i] += time.perf_counter() - started
+            inbox = yield request
+
+    def times(self) -> Times:
+        """Where the time of the training steps went, since the last call."""
+        found = Times(
+            tuple(agent.name for agent in self.agents.values()),
+            self._steps,
+            self._total,
+            tuple(self._compute[i] for i in self.agents),
+            self._wait,
+        )
+        self._forget_times()
+        return found
+
+    def _forget_times(self) -> None:
+        self._compute = dict.fromkeys(self.agents, 0.0)
+        self._steps, self._total, self._wait = 0, 0.0, 0.0
 
     def faults(self) -> list[Fault]:
         """Numbers that were not finite, since the last call."""

@@ -155,6 +155,15 @@ def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_pat
         ours, theirs = runner.train(4), local.train(4)
         assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], abs=1e-12)
         assert [r.grad_norm for r in ours] == pytest.approx([r.grad_norm for r in theirs])
+        times = runner.times()
+        assert [own.agents for own in times] == [
+            tuple(job.topology.names[i] for i in agents) for agents in runner.packing
+        ]
+        for own in times:
+            assert own.steps == 4
+            assert own.node
+            assert own.wait > 0 < min(own.compute)
+            assert own.wait + sum(own.compute) < own.total
         assert runner.evaluate() == local.evaluate()
         assert runner.sent() == local.sent()
         assert_close(torch.tensor(runner.predict("test")), torch.tensor(local.predict("test")), "P")
