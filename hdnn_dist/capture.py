@@ -67,7 +67,7 @@ class Captured:
         before, transport.sent = transport.sent, Counter()
         try:
             self._run()
-            self._sent = transport.sent  # of a step
+            self._sent = transport.sent.copy()  # of a step
             self._replay = record(self._run)
         finally:
             transport.sent = before

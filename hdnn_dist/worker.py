@@ -6,7 +6,9 @@ import logging
 import operator
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -54,6 +56,27 @@ def device_of(job: Job, agents: Sequence[int]) -> torch.device:
     )
 
 
+@dataclass(frozen=True)
+class Times:
+    """Where the seconds of some training steps of an actor went.
+
+    Attributes:
+        agents: its agents.
+        steps: how many.
+        total: all seconds.
+        compute: of these, those in which each agent computed; a CUDA graph is no agent's.
+        wait: those in which nothing was left but to wait for other processes, other copies too.
+        node: the machine; empty for the process that asks.
+    """
+
+    agents: tuple[str, ...]
+    steps: int
+    total: float
+    compute: tuple[float, ...]
+    wait: float
+    node: str = ""
+
+
 class Worker:
     """Hosts some of a job's agents.
 
@@ -86,6 +109,7 @@ class Worker:
         self._captured: Captured | None = None
         self.step = 0
         self._faults: list[Fault] = []
+        self._forget_times()
 
     def load_data(self) -> None:
         """Read the agents' data now, not in the first round, for which others wait."""
@@ -97,16 +121,55 @@ class Worker:
         results: list[StepResult] = []
         plan, taken = self.job.plan, self._share(self.job.batch)
         samples = taken.stop - taken.start
+        started, waited = time.perf_counter(), self.transport.waited + self.replicas.waited
         for _ in range(steps):
             if not self._differentiate_at_once():
-                actions = {i: agent.differentiate(self.step) for i, agent in self.agents.items()}
+                actions = {
+                    i: self._timed(i, agent.differentiate(self.step))
+                    for i, agent in self.agents.items()
+                }
                 self._drive(actions, samples, plan.differentiation)
             self.replicas.add([summand for a in self.agents.values() for summand in a.summands])
-            updates = {i: agent.update(self.step) for i, agent in self.agents.items()}
+            updates = {
+                i: self._timed(i, agent.update(self.step)) for i, agent in self.agents.items()
+            }
             results += self._drive(updates, samples, plan.clipping)
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
+        self._steps += steps
+        self._total += time.perf_counter() - started
+        self._wait += self.transport.waited + self.replicas.waited - waited
         return results
+
+    def _timed(self, i: int, action: Exchange[Result]) -> Exchange[Result]:
+        """An agent's action, with the seconds counted in which it is at work."""
+        inbox: dict[int, Tensor] | None = None
+        while True:
+            started = time.perf_counter()
+            try:
+                request = action.send(inbox)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            finally:
+                self._compute[i] += time.perf_counter() - started
+            inbox = yield request
+
+    def times(self) -> Times:
+        """Where the time of the training steps went, since the last call."""
+        found = Times(
+            tuple(agent.name for agent in self.agents.values()),
+            self._steps,
+            self._total,
+            tuple(self._compute[i] for i in self.agents),
+            self._wait,
+        )
+        self._forget_times()
+        return found
+
+    def _forget_times(self) -> None:
+        self._compute = dict.fromkeys(self.agents, 0.0)
+        self._steps, self._total, self._wait = 0, 0.0, 0.0
 
     def _differentiate_at_once(self) -> bool:
         """Have a CUDA graph do it, if there is one and it finds nothing that is to be looked at."""

@@ -157,6 +157,15 @@ def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_pat
         ours, theirs = runner.train(4), local.train(4)
         assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], abs=1e-12)
         assert [r.grad_norm for r in ours] == pytest.approx([r.grad_norm for r in theirs])
+        times = runner.times()
+        assert [own.agents for own in times] == [
+            tuple(job.topology.names[i] for i in agents) for agents in runner.packing
+        ]
+        for own in times:
+            assert own.steps == 4
+            assert own.node
+            assert own.wait > 0 < min(own.compute)
+            assert own.wait + sum(own.compute) < own.total
         assert runner.evaluate() == local.evaluate()
         assert runner.sent() == local.sent()
         assert_close(torch.tensor(runner.predict("test")), torch.tensor(local.predict("test")), "P")
@@ -256,7 +265,7 @@ def test_a_stopped_actor_is_named_and_not_those_who_wait_for_it(path: RayRunner)
             path.train(10**6)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 1 + 5
 
 
 def test_a_stopped_actor_that_nobody_waits_for_is_noticed() -> None:
@@ -264,9 +273,11 @@ def test_a_stopped_actor_that_nobody_waits_for_is_noticed() -> None:
     runner = RayRunner(job)
     pid = ray.get(runner._actors[0].__ray_call__.remote(lambda _: os.getpid()))
     os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
     try:
         with pytest.raises(LostError, match=r"a1, .*a8 on node \S+ \(\w{8}\) did not answer"):
             runner.train(10**6)
+        assert time.monotonic() - started < 5
     finally:
         os.kill(pid, signal.SIGCONT)
         runner.close()

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -12,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hdnn_dist.agent import Agent
 from hdnn_dist.data import share
 from hdnn_dist.errors import PlacementError
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.testing import assert_close, assert_matches_dense
+from hdnn_dist.trainer import LocalRunner
 from hdnn_dist.worker import Worker, device_of
 from tests.strategies import in_process, jobs
 
@@ -185,3 +188,27 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
         PlacementError, match=r"agent\(s\) a on .* has no GPU; give these agents gpu"
     ):
         device_of(job, [0])
+
+
+def test_the_time_of_training_steps_is_told_agent_by_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ["topology.agents=3", "topology.edges.args.n=3", "topology.d=2", "model.layers=2"]
+    worker = LocalRunner(Job.load(None, tiny)).worker
+    regularise, now = Agent._regularise, [0.0]
+
+    def slowly(self: Agent) -> None:
+        now[0] += 5.0 if self.name == "a2" else 1.0
+        regularise(self)
+
+    monkeypatch.setattr(Agent, "_regularise", slowly)
+    monkeypatch.setattr("hdnn_dist.worker.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    worker.train(2)
+    worker.evaluate("test")  # is no part of it
+    now[0] += 100
+    worker.train(1)
+    times = worker.times()
+    assert times.agents == ("a1", "a2", "a3")
+    assert times.steps == 3
+    assert times.wait == 0  # there is no other process
+    assert times.compute == (3.0, 15.0, 3.0)
+    assert times.total == 21.0
+    assert worker.times().steps == worker.times().total == 0
