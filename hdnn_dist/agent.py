@@ -113,6 +113,7 @@ class Agent:
         self._distortion: Distortion | None = None
         if distort is not None and image is not None and self.view.columns:
             self._distortion = Distortion(distort, image, self.view.columns)
+        self._images: Tensor | None = None
         self._features: dict[Part, Tensor] = {}
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
@@ -123,14 +124,14 @@ class Agent:
 
     def load_data(self) -> None:
         """Read now what a training run needs, not in the first round, for which others wait."""
-        parts: tuple[Part, ...] = ("train", "test")
-        for part in parts:
-            if part == "train" and self._distortion is not None:
-                load_images(self.job.spec.data, part)
-            else:
-                self.features(part)
-            if self.is_root:
-                self.labels(part)
+        if self._distortion is None:
+            self.features("train")
+        else:
+            self.images()
+        self.features("test")
+        if self.is_root:
+            self.labels("train")
+            self.labels("test")
 
     def features(self, part: Part) -> Tensor:
         """Own columns of the training or test set, `(samples, F_i)`; loaded once."""
@@ -138,6 +139,12 @@ class Agent:
             columns = load_features(self.job.spec.data, part, self.view.columns)
             self._features[part] = torch.from_numpy(columns).to(self.job.dtype)
         return self._features[part]
+
+    def images(self) -> Tensor:
+        """All pixels of the training images, `(samples, F)`: the one copy of its process."""
+        if self._images is None:
+            self._images = torch.from_numpy(load_images(self.job.spec.data, "train"))
+        return self._images
 
     def labels(self, part: Part) -> Tensor:
         """The classes `(samples,)`, which only the root may ask for."""
@@ -158,8 +165,7 @@ class Agent:
         """Own part of a batch, distorted or shifted if the spec says so, as columns `(F_i, B)`."""
         training, name = self.job.spec.training, self.job.spec.data.name
         if self._distortion is not None:
-            images = torch.from_numpy(load_images(self.job.spec.data, "train"))[index]
-            part = self._distortion(images, training.seed, step)
+            part = self._distortion(self.images()[index], training.seed, step)
             return torch.from_numpy(scaled(name, part.numpy())).to(self.job.dtype).T
         x = self.features("train")[index]
         if training.shift and self.view.image is not None:
