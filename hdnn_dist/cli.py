@@ -421,6 +421,76 @@ def analyze(
         print("\n".join(report["figures"]))
 
 
+@app.command("report")
+def write_report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs, side by side if there are several.")
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write here; default: RUN/report; of several: ./report."),
+    ] = None,
+    worst: Annotated[
+        int, typer.Option(min=0, max=100, help="Worst-classified samples shown; 0 reads no input.")
+    ] = 12,
+    bsm: Annotated[bool, typer.Option(help="Measure backward sensitivities.")] = True,
+    data_dir: DataDir = None,
+    overrides: Set = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Write a run, or several side by side, as one HTML page and PNG files."""
+    _refuse_both(address, local)
+    from hdnn_dist.page import write_page
+
+    changes = _overrides(overrides, data_dir)
+    _tidy_up_from_here()
+    print(
+        write_page(
+            runs,
+            out=out,
+            worst=worst,
+            bsm=bsm,
+            overrides=changes,
+            local=local,
+            address=address,
+        )
+    )
+
+
+topology = typer.Typer(help="Graphs of agents.", no_args_is_help=True)
+app.add_typer(topology, name="topology")
+
+
+@topology.command()
+def draw(
+    spec: SpecArgument = None,
+    overrides: Set = None,
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .png or .svg file to write.")] = Path(
+        "topology.png"
+    ),
+) -> None:
+    """Draw who talks to whom, how much, and what each agent sees; run nothing.
+
+    Colours are the actors in which this machine alone would place the agents.
+    """
+    if out.suffix not in (".png", ".svg"):
+        raise UserError(f"--out: {out} is neither a .png nor an .svg file", "name one of these")
+    job = _load(spec, _overrides(overrides, data_dir))
+
+    from hdnn_dist.check import examine, this_machine
+    from hdnn_dist.figures import topology
+    from hdnn_dist.run import check_can_be_made
+    from hdnn_dist.storage import write
+
+    check_can_be_made(out.parent, "--out")
+    report = examine(job, [this_machine()])
+    chart = topology(job, [agent.actor for agent in report.agents])
+    write(out, chart.svg_file if out.suffix == ".svg" else chart.png)
+    print(f"{chart.alt}\n{out}")
+
+
 @app.command()
 def counterexample(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Write the figure here.")] = Path(

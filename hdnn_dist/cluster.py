@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import (
@@ -54,10 +56,11 @@ from hdnn_dist.errors import (
 )
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Demand, Node, Packing, address_of, assign, demands, hosts, pack
+from hdnn_dist.replicas import Replicas
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
-from hdnn_dist.transport import InProcess, PointToPoint
-from hdnn_dist.worker import PARTS, Worker
+from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
+from hdnn_dist.worker import PARTS, Times, Worker, device_of
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
@@ -75,15 +78,11 @@ class AgentActor:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._store: dist.TCPStore | None = None
+        self._replicas = Replicas()
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
         """Answer, even while another method is blocked in a round."""
-
-    def node(self) -> str:
-        """The node that the actor is on: its address, and the first digits of its id."""
-        id: str = ray.get_runtime_context().get_node_id()
-        return f"{ray.util.get_node_ip_address()} ({id[:8]})"
 
     def open_store(self, timeout: float) -> tuple[str, int]:
         """Open the store at which the group meets, on a port that is free; rank 0 alone."""
@@ -100,8 +99,13 @@ class AgentActor:
         )
         return address, port
 
-    def join(self, meeting: tuple[str, int], rank: int, size: int, timeout: float) -> None:
-        """Become `rank` of a torch.distributed group of `size`; leave the one before, if any."""
+    def join(
+        self, meeting: tuple[str, int], rank: int, size: int, timeout: float, copies: int = 1
+    ) -> None:
+        """Become `rank` of a torch.distributed group of `size`; leave the one before, if any.
+
+        With several copies of the agents, the ranks of each follow those of the one before.
+        """
         self.leave()
         limit = datetime.timedelta(seconds=timeout)
         if "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -120,9 +124,16 @@ class AgentActor:
                 f"unset {TLS} and encrypt the links with WireGuard (deploy/wireguard), or install "
                 "a torch whose gloo was built with TLS",
             ) from None
+        if copies > 1:
+            actors = size // copies
+            group = dist.new_group(
+                range(rank % actors, size, actors), limit, use_local_synchronization=True
+            )
+            self._replicas = Replicas(rank // actors, copies, group)
 
     def leave(self) -> None:
         """Leave the group."""
+        self._replicas = Replicas()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -133,12 +144,14 @@ class AgentActor:
         torch.set_num_threads(spec.cluster.threads or 1)
         job = Job.of(spec).without(absent)
         common = job.architecture.patterns.S, job.topology.names, job.dtype
-        transport = (
-            InProcess(*common)
-            if len(packing) == 1
-            else PointToPoint(*common, hosts(packing), job.digest)
-        )
-        self._worker = Worker(job, agents, transport)
+        first = self._replicas.copy * len(packing)  # rank of this copy of the agents
+        device = device_of(job, agents)
+        transport: Transport = InProcess(*common)
+        if len(packing) > 1:
+            ranks = [first + rank for rank in hosts(packing)]
+            wired = PointToPoint(*common, ranks, job.digest)
+            transport = wired if device.type == "cpu" else Staged(wired, device)
+        self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()
         return job.digest
 
@@ -164,6 +177,9 @@ class AgentActor:
 
     def predict(self, source: str) -> np.ndarray | None:  # noqa: D102
         return self.worker.predict(source)
+
+    def times(self) -> Times:  # noqa: D102
+        return self.worker.times()
 
     def gradient_squares(self) -> Tensor:  # noqa: D102
         return self.worker.gradient_squares()
@@ -217,8 +233,10 @@ class RayRunner:
         self.patience = self.timeout - 2.5 * self.grace
         self._actors: list[Any] = []
         self._nodes: list[str] = []
-        self._raylets: dict[str, tuple[str, int]] = {}  # where each node listens
-        self._looked = 0.0  # when those were looked at last
+        self._raylets: dict[str, str] = {}  # where each node listens
+        self._silence: dict[str, float] = {}  # seconds since it answered, by node
+        self._looked = 0.0  # when those were asked last
+        self._starting = True  # the actors' processes
         self._suspects: set[str] = set()  # nodes on which actors were lost
         self._group: PlacementGroup | None = None
         self._own_ray = not ray.is_initialized()
@@ -227,10 +245,21 @@ class RayRunner:
         try:
             if self._own_ray:
                 _start(address_of(job.spec.cluster, address))
-            self.reform(job)
+            self._launch()
         except BaseException:
             self.close()
             raise
+
+    def _launch(self) -> None:
+        """Form the group, anew where machines are lost meanwhile."""
+        cluster = self.job.spec.cluster
+        for left in reversed(range(cluster.max_restarts + 1)):
+            try:
+                return self.reform(self.job)
+            except LostError as error:
+                if not left or cluster.on_agent_loss == "stop":
+                    raise
+                log.warning("%s; the actors are started anew", error)
 
     def reform(self, job: Job) -> None:
         """See `Runner`: the actors there are make room for new ones."""
@@ -285,7 +314,8 @@ class RayRunner:
                 raise PlacementError(
                     _shortage(wanted, self.timeout),
                     "give the job fewer or smaller "
-                    "agents, pack them (cluster.agents_per_actor: auto), or add machines",
+                    "agents or fewer cluster.replicas, pack them (cluster.agents_per_actor: "
+                    "auto), or add machines",
                 )
         for k, demand in enumerate(wanted):
             custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
@@ -301,6 +331,12 @@ class RayRunner:
                 )
                 .remote()
             )
+        by_id = {node["NodeID"]: node for node in ray.nodes()}
+        bundles = placement_group_table(self._group)["bundles_to_node_id"]
+        on = [by_id[bundles[rank]] for rank in range(len(wanted))]
+        self._nodes = [f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in on]
+        addresses = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in on]
+        self._raylets = dict(zip(self._nodes, addresses, strict=True))
 
     def _reserve(self, nodes: Sequence[dict[str, Any]]) -> Sequence[Demand]:
         """Ask Ray for the bundles, in place of those asked for before; what they are to hold.
@@ -325,10 +361,11 @@ class RayRunner:
         return wanted
 
     def _wanted(self, nodes: Sequence[dict[str, Any]]) -> tuple[Packing, Sequence[Demand]]:
-        """Who shares an actor on these machines, and what the actors ask for."""
+        """Who shares an actor on these machines, in each copy, and what all actors ask for."""
         cores = sum(node["Resources"].get("CPU", 0) for node in nodes)
-        packing = pack(self.job.topology, self.job.spec.cluster, int(cores))
-        return packing, demands(self.job.topology, packing, cores)
+        copies = self.job.spec.cluster.replicas
+        packing = pack(self.job.topology, self.job.spec.cluster, int(cores) // copies)
+        return packing, demands(self.job.topology, packing * copies, cores)
 
     def _fits(self, nodes: Sequence[dict[str, Any]]) -> bool:
         """Whether these machines could hold the actors, if nobody else used them."""
@@ -337,25 +374,25 @@ class RayRunner:
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
-        self._nodes = self._all("node")
-        self._raylets = {
-            node: (there["NodeManagerAddress"], there["NodeManagerPort"])
-            for node in self._nodes
-            for there in ray.nodes()
-            if there["NodeID"][:8] in node
-        }
+        self._silence = dict.fromkeys(self._nodes, 0.0)
+        self._starting = True
+        self._all("alive")
+        self._starting = False
         first_on_node = [self._nodes.index(node) for node in dict.fromkeys(self._nodes)]
         self._ask([(rank, "prepare", (self.job.spec,)) for rank in first_on_node])
-        size = len(self._actors)
+        size, copies = len(self._actors), self.job.spec.cluster.replicas
         if size > 1:
             [meeting] = self._ask([(0, "open_store", (self.patience,))])
             self._ask(
-                [(rank, "join", (meeting, rank, size, self.patience)) for rank in range(size)]
+                [
+                    (rank, "join", (meeting, rank, size, self.patience, copies))
+                    for rank in range(size)
+                ]
             )
         digests = self._ask(
             [
-                (rank, "host", (self.job.spec, self.packing[rank], self.packing, self.job.absent))
-                for rank in range(size)
+                (rank, "host", (self.job.spec, agents, self.packing, self.job.absent))
+                for rank, agents in enumerate(self.packing * copies)
             ]
         )
         for rank, digest in enumerate(digests):
@@ -368,43 +405,60 @@ class RayRunner:
     def describe(self) -> str:
         """See `Runner`; so too below."""
         actors, nodes = len(self._actors), len(set(self._nodes))
-        agents = len(self.job.topology.agents)
+        agents, copies = len(self.job.topology.agents), self.job.spec.cluster.replicas
         return (
-            f"{agents} agents on {actors} Ray actor{'s' * (actors > 1)}, "
-            f"{nodes} node{'s' * (nodes > 1)}"
+            f"{agents} agents{f', {copies} copies of each,' * (copies > 1)} "
+            f"on {actors} Ray actor{'s' * (actors > 1)}, {nodes} node{'s' * (nodes > 1)}"
         )
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
-        return [result for results in self._all("train", steps) for result in results]
+        answers = self._all("train", steps)[: len(self.packing)]  # the same in all copies
+        return [result for results in answers for result in results]
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return [fault for faults in self._all("faults") for fault in faults]
 
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
-        evaluation: Evaluation = _only(self._all("evaluate", part))
+        answers = self._all("evaluate", part)[: len(self.packing)]  # the same in all copies
+        evaluation: Evaluation = _only(answers)
         return evaluation
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102
         if source not in PARTS:  # actors work elsewhere
             source = os.path.abspath(source)
-        probabilities: np.ndarray = _only(self._all("predict", source))
-        return probabilities
+        shares = [share for share in self._all("predict", source) if share is not None]
+        return np.concatenate(shares)
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return sum(self._all("sent"), Counter())
+
+    def times(self) -> list[Times]:  # noqa: D102
+        return [
+            replace(own, node=node)
+            for own, node in zip(self._all("times"), self._nodes, strict=True)
+        ]
 
     def gradient_squares(self) -> Tensor:  # noqa: D102
         squares: Tensor = reduce(operator.add, self._all("gradient_squares"))
         return squares
 
     def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
-        sums: Sums = reduce(operator.add, self._all("sensitivities", samples, V))
+        ranks = range(len(self.packing))  # of one copy
+        calls = [(rank, "sensitivities", (samples, V)) for rank in ranks]
+        sums: Sums = reduce(operator.add, self._ask(calls))
         return sums
 
     def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
-        return {
-            name: sha for part in self._all("save", folder.absolute()) for name, sha in part.items()
-        }
+        saved: dict[str, str] = {}
+        for rank, part in enumerate(self._all("save", folder.absolute())):
+            for name, sha in part.items():
+                if saved.setdefault(name, sha) != sha:
+                    raise AgreementError(
+                        f"{self._who(rank)} has another state of {name} than the first copy: one "
+                        "computes wrongly, or their machines round differently; let copies be on "
+                        "machines of one kind, or set cluster.replicas to 1"
+                    )
+        return saved
 
     def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
         self._all("load", folder.absolute(), manifest)
@@ -439,7 +493,7 @@ class RayRunner:
         order = list(pending)
         answers: dict[Any, Any] = {}
         pings: dict[Any, int] = {}
-        begin = time.monotonic() + (0.0 if self._nodes else START)
+        begin = time.monotonic() + (START if self._starting else 0.0)
         heard = dict.fromkeys(range(len(self._actors)), begin)
         while pending:
             self._look_at_nodes()
@@ -479,20 +533,26 @@ class RayRunner:
     def _look_at_nodes(self) -> None:
         """Whether Ray still runs on each node; Ray itself would tell only after a quarter minute.
 
-        An actor outlives the raylet of its node for a while, but nobody can look after it.
+        An actor outlives the raylet of its node for a while, but nobody can look after it; and one
+        that has not started yet cannot tell that its node is stopped.
         """
-        if time.monotonic() - self._looked < SLICE:
+        elapsed = time.monotonic() - self._looked
+        if elapsed < min(SLICE, self.timeout / 8):
             return
         self._looked = time.monotonic()
+        answers = _knock(self._raylets.values())
+        dead: dict[int, str] = {}
+        silent: list[int] = []
+        for rank, node in enumerate(self._nodes):
+            if answers[self._raylets[node]] is False:
+                dead[rank] = "no Ray runs on its node any more"
+            elif self._silence[node] > self.patience:
+                silent.append(rank)
         for node, address in self._raylets.items():
-            try:
-                socket.create_connection(address, timeout=KNOCK).close()
-            except ConnectionRefusedError:
-                ranks = [rank for rank, on in enumerate(self._nodes) if on == node]
-                how = "no Ray runs on its node any more"
-                raise self._lost(dict.fromkeys(ranks, how)) from None
-            except OSError:  # whose actors do not answer then is found as any who is silent
-                return
+            unheard = min(elapsed, 2 * SLICE)  # nobody listened while nothing was asked
+            self._silence[node] = 0.0 if answers[address] else self._silence[node] + unheard
+        if dead or silent:
+            raise self._lost(dead, silent)
 
     def _lost(self, dead: Mapping[int, str], silent: Sequence[int] = ()) -> LostError:
         """Some actors died, how is told of each, and some did not say that they are alive."""
@@ -504,8 +564,8 @@ class RayRunner:
         if silent:
             who = " and ".join(map(self._who, silent))
             problems.append(f"{who} did not answer: its process is stopped, or its network is cut")
-        names = [self.job.topology.names[i] for rank in ranks for i in self.packing[rank]]
-        return LostError("; ".join(problems), names)
+        lost = {i for rank in ranks for i in self.packing[rank % len(self.packing)]}
+        return LostError("; ".join(problems), [self.job.topology.names[i] for i in sorted(lost)])
 
     def _diagnosis(self, failed: dict[int, RayError], pending: dict[Any, int]) -> HdnnError:
         """The cause of a failure, which the one who told of it first need not know.
@@ -541,9 +601,36 @@ class RayRunner:
         return TransportError(f"{self._who(rank)}: {cause}")
 
     def _who(self, rank: int) -> str:
-        names = ", ".join(self.job.topology.names[i] for i in self.packing[rank])
+        copy, k = divmod(rank, len(self.packing))
+        names = ", ".join(self.job.topology.names[i] for i in self.packing[k])
+        which = f" (copy {copy + 1})" if self.job.spec.cluster.replicas > 1 else ""
         node = f" on node {self._nodes[rank]}" if self._nodes else ""
-        return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}{node}"
+        return f"the actor of agent{'s' * (len(self.packing[k]) > 1)} {names}{which}{node}"
+
+
+def _knock(addresses: Iterable[str]) -> dict[str, bool | None]:
+    """Whether a raylet answers at each address; False if nobody is there, None if it is silent."""
+    with contextlib.ExitStack() as stack:
+        calls = {}
+        for address in set(addresses):
+            channel = grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)])
+            ask = stack.enter_context(channel).unary_unary("/grpc.health.v1.Health/Check")
+            calls[address] = ask.future(b"", timeout=KNOCK)
+        return {address: _is_there(address, call.code()) for address, call in calls.items()}
+
+
+def _is_there(address: str, answer: grpc.StatusCode) -> bool | None:
+    if answer is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return None
+    if answer is grpc.StatusCode.UNAVAILABLE:  # gone, or it speaks TLS
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return None
+    return True  # be it a refusal
 
 
 def _answered(calls: Iterable[Any], timeout: float) -> list[Any]:

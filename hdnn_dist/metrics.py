@@ -12,6 +12,7 @@ from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import to_json
 from hdnn_dist.storage import Log, Place, read
 from hdnn_dist.trainer import Listener, Progress, Runner
+from hdnn_dist.worker import Times
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,8 +28,13 @@ class JsonLines(Listener):
         {"kind": "gradients", "step": 22, "epoch": 1, "norms": [0.02, 0.02, 0.03]}
         {"kind": "eval", "step": 22, "epoch": 1, "loss": 0.4, "accuracy": 0.9, "samples": 360}
         {"kind": "agents", "step": 22, "left": ["a3"], "joined": []}
+        {"kind": "times", "step": 22, "actors": [{"agents": ["a1", "a2"], "steps": 22, "total": 0.9,
+         "compute": [0.2, 0.2], "wait": 0.3, "node": "10.0.0.1 (1f2e3d4c)"}]}
 
     `norms` are `‖∂loss/∂y_j‖` of the states `y_0 … y_N` in an epoch's last step, over its batch.
+
+    `times` are seconds of an epoch's steps (see `hdnn_dist.worker.Times`); they say who shared an
+    actor, too.
 
     A loss that is no number is null, as JSON has none of those. Object stores, which cannot append,
     have the file as of the last epoch.
@@ -68,6 +74,9 @@ class JsonLines(Listener):
     def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:  # noqa: D102
         norms = list(norms)
         self._write({"kind": "gradients", "step": step, "epoch": epoch, "norms": norms}, ends=True)
+
+    def timed(self, step: int, times: Sequence[Times]) -> None:  # noqa: D102
+        self._write({"kind": "times", "step": step, "actors": [asdict(own) for own in times]})
 
     def regrouped(  # noqa: D102
         self, step: int, left: Sequence[str], joined: Sequence[str]

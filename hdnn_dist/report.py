@@ -83,7 +83,7 @@ def analyze(
     folder = run / "analysis" if out is None else place(out)
     check_can_be_made(folder, "--out")
     with open_run(run, overrides=overrides, local=local, address=address) as (runner, step):
-        report = _of_agents(runner, samples) | {"step": step}
+        report = of_agents(runner, samples) | {"step": step}
     report["networks"][0]["gradients"] = [
         {"epoch": record["epoch"], "norms": record["norms"]}
         for record in read_metrics(run)
@@ -128,7 +128,13 @@ def analyze_layers(layers: Layers, y: Tensor) -> dict[str, Any]:
     }
 
 
-def _of_agents(runner: Runner, samples: int) -> dict[str, Any]:
+def of_agents(runner: Runner, samples: int) -> dict[str, Any]:
+    """What the agents of a run measure of themselves: `analyze` without its baselines.
+
+    Args:
+        runner: the agents.
+        samples: of the test set, from its first.
+    """
     job = runner.job
     architecture, member = job.architecture, job.architecture.member
     N, layers = 2 * architecture.n, architecture.patterns.layers

@@ -216,6 +216,18 @@ def incompatible(before: Spec, after: Spec) -> list[str]:
     return changes
 
 
+def differences(specs: Sequence[Spec]) -> list[tuple[str, list[str]]]:
+    """Dotted keys in which resolved specs are not alike, with the value of each spec as text."""
+    flat = [dict(_leaves(_by_name(spec))) for spec in specs]
+    keys = dict.fromkeys(key for own in flat for key in own)
+    rows = [(key, [own.get(key, ABSENT) for own in flat]) for key in keys]
+    return [
+        (key, list(map(_show, values)))
+        for key, values in rows
+        if any(value != values[0] for value in values)
+    ]
+
+
 def _by_name(spec: Spec) -> dict[str, Any]:
     """A resolved spec as plain data, its agents and edges by name."""
     content = spec.model_dump(mode="json")
@@ -272,6 +284,16 @@ def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, A
             yield from _differences(a, b, f"{at}.{k}")
     elif old != new:
         yield at, old, new
+
+
+def _leaves(content: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of all leaves."""
+    if isinstance(content, dict | list):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in items:
+            yield from _leaves(value, f"{at}.{key}" if at else f"{key}")
+    else:
+        yield at, content
 
 
 def _show(value: Any) -> str:

@@ -27,6 +27,7 @@ from hdnn_dist.checkpoint import (
     checkpoint_folder,
     checkpoints,
     from_latest,
+    newest_step,
     read_absent,
     read_manifest,
     set_aside,
@@ -40,7 +41,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Worker
+from hdnn_dist.worker import Times, Worker, device_of
 
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
@@ -74,6 +75,10 @@ class Runner(Protocol):
         """Bytes sent so far from agent to agent."""
         ...
 
+    def times(self) -> list[Times]:
+        """Where the time of training steps went since the last call, actor by actor."""
+        ...
+
     def gradient_squares(self) -> Tensor:
         """`‖∂loss/∂y_j‖²`, `j = 0 … N`, of all agents at the last step of the last epoch."""
         ...
@@ -104,7 +109,7 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """All agents in this process, messages by reference.
+    """All agents in this process, messages by reference; one copy, whatever `cluster.replicas` is.
 
     Sets torch's threads to `cluster.threads`, or to one: the products of single agents are small,
     and more threads cost more than they win.
@@ -138,6 +143,9 @@ class LocalRunner:
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return self.worker.transport.sent
 
+    def times(self) -> list[Times]:  # noqa: D102
+        return [self.worker.times()]
+
     def gradient_squares(self) -> Tensor:  # noqa: D102
         return self.worker.gradient_squares()
 
@@ -153,7 +161,8 @@ class LocalRunner:
     def reform(self, job: Job) -> None:  # noqa: D102
         self.job = job
         transport = InProcess(job.architecture.patterns.S, job.topology.names, job.dtype)
-        self.worker = Worker(job, range(len(job.topology.agents)), transport)
+        agents = range(len(job.topology.agents))
+        self.worker = Worker(job, agents, transport, device=device_of(job, agents))
 
     def close(self) -> None:  # noqa: D102
         pass
@@ -243,6 +252,9 @@ class Listener:
     def differentiated(self, step: int, epoch: int, norms: Sequence[float]) -> None:
         """An epoch has ended; `norms[j] = ‖∂loss/∂y_j‖`, `j = 0 … N`, in its last step."""
 
+    def timed(self, step: int, times: Sequence[Times]) -> None:
+        """An epoch has ended; where the time of its steps went, actor by actor."""
+
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """The test set was gone through."""
 
@@ -292,11 +304,12 @@ class Trainer:
         again = False
         while True:
             try:
-                job = self._wanted()
-                if again or job is not self.runner.job:
-                    self.runner.reform(job)
-                again = False
-                step = restore(self.runner, self.run) if checkpoints(self.run) else 0
+                job, step = self._wanted(), newest_step(self.run)
+                with _when(f"after step {step}"):
+                    if again or job is not self.runner.job:
+                        self.runner.reform(job)
+                    again = False
+                    step = restore(self.runner, self.run) if step else 0
                 if (summary := self._fit(step, restarts)) is not None:
                     return summary
             except LostError as error:
@@ -347,7 +360,8 @@ class Trainer:
             manifest = read_manifest(checkpoint_folder(self.run, step))
             before_us, took_part = manifest.totals, set(manifest.files)
         training_seconds, best = before_us.training_seconds, before_us.best_test_accuracy
-        started, sent = time.perf_counter(), self._sent()
+        with _when(f"after step {step}"):
+            started, sent = time.perf_counter(), self._sent()
 
         def totals() -> Totals:
             return Totals(
@@ -375,7 +389,8 @@ class Trainer:
         self._tell("started", runner, step)
         if took_part != (now := set(job.topology.names)):
             self._tell("regrouped", step, sorted(took_part - now), sorted(now - took_part))
-            evaluation = runner.evaluate()
+            with _when(f"after step {step}"):
+                evaluation = runner.evaluate()
             self._tell("evaluated", step, step // per_epoch, evaluation)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
@@ -394,6 +409,7 @@ class Trainer:
                 if not position:
                     norms = runner.gradient_squares().sqrt().tolist()
                     self._tell("differentiated", step, epoch, norms)
+                    self._tell("timed", step, runner.times())
                     if epoch % training.eval_every == 0 or ends:
                         evaluation = runner.evaluate()
                         best = max(best, evaluation.accuracy)
@@ -405,7 +421,8 @@ class Trainer:
                     if not ends and self._wanted() is not job:
                         return None
         if evaluation is None:  # all steps were taken, but the summary is not there
-            evaluation = runner.evaluate()
+            with _when(f"after step {step}"):
+                evaluation = runner.evaluate()
             best = max(best, evaluation.accuracy)
         summary = Summary(
             run=str(self.run),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,11 @@ class Transport(Protocol):
 
     sent: Counter[tuple[int, int]]
     """Bytes sent so far, by (source, target)."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds so far in which nothing was left but to wait for other processes."""
+        ...
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """Messages of this process's agents out, those for them in, both by (source, target)."""
@@ -116,6 +122,7 @@ class InProcess:
         self.links = frozenset((source, target) for target, source in links.entries)
         self.names, self.dtype = tuple(names), dtype
         self.sent: Counter[tuple[int, int]] = Counter()
+        self.waited = 0.0
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`.
@@ -220,10 +227,12 @@ class PointToPoint(InProcess):
                 torch.cat([mail[m.source, m.target] for m in frame.messages], out=frame.numbers)
                 frame.view[:STAMP] = frame.view[frame.stop :] = self._stamp(frame)
                 pending.append((peer, dist.isend(frame.bytes, peer)))
+            posted = time.perf_counter()
             for rank, work in pending:
                 peer = rank
                 if work is not None:
                     work.wait()
+            self.waited += time.perf_counter() - posted
         except RuntimeError as error:
             raise TransportError(
                 f"round {phase.name}: the process of agent(s) {self._hosted(peer)} did not answer: "
@@ -256,6 +265,33 @@ class PointToPoint(InProcess):
 
     def _hosted(self, peer: int) -> str:
         return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
+
+
+class Staged:
+    """Agents here are on a device, and what they send to other processes goes by host memory.
+
+    Args:
+        inner: takes it there.
+        device: where messages to agents here are put.
+    """
+
+    def __init__(self, inner: PointToPoint, device: torch.device) -> None:
+        self.inner, self.device = inner, device
+        self.names, self.sent = inner.names, inner.sent
+        self._here = {i for i, rank in enumerate(inner.host) if rank == inner.rank}
+
+    @property
+    def waited(self) -> float:
+        """See `Transport`."""
+        return self.inner.waited
+
+    def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
+        """See `Transport`."""
+        staged = {
+            link: tensor if link[1] in self._here else tensor.cpu() for link, tensor in mail.items()
+        }
+        arrived = self.inner.exchange(phase, staged, batch)
+        return {link: tensor.to(self.device) for link, tensor in arrived.items()}
 
 
 class _Frame:

@@ -27,7 +27,15 @@ from hdnn_dist.errors import CheckpointError, LostError, RunError, UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.reader import spec_from_dict
-from hdnn_dist.run import create, finished, has_checkpoint, incompatible, reopen, vacant
+from hdnn_dist.run import (
+    create,
+    differences,
+    finished,
+    has_checkpoint,
+    incompatible,
+    reopen,
+    vacant,
+)
 from hdnn_dist.storage import place
 from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner, restore, state_digest
 
@@ -149,6 +157,17 @@ def test_agents_and_edges_that_changed_are_named_and_not_counted(run: Path) -> N
     turned = tiny(topology={**TOPOLOGY, "agents": ["b", "a"]}).spec
     assert incompatible(before, turned) == ['order of topology.agents: ["a", "b"] -> ["b", "a"]']
     assert changes["data.name"] == 'data.name: "digits" -> "double_moons"'
+
+
+def test_specs_side_by_side_differ_key_by_key() -> None:
+    larger = {"topology.agents": 5, "topology.edges.args.n": 5}
+    overrides = [[], ["model.layers=9"], [f"{key}={n}" for key, n in larger.items()]]
+    specs = [Job.load(None, own).spec for own in overrides]
+    assert differences(specs[:1]) == differences([specs[0]] * 2) == []
+    rows = dict(differences(specs))
+    assert rows["model.layers"] == ["4", "9", "4"]
+    assert rows["topology.agents.a8.d"] == ["8", "8", "absent"]
+    assert not any("epochs" in key for key in rows)
 
 
 @pytest.mark.parametrize("url", [False, True])

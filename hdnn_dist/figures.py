@@ -1,0 +1,622 @@
+"""The figures of a report page, each once as PNG and once as SVG that follows light and dark.
+
+A figure is drawn in the colours of `LIGHT`. In the SVG each of them is a CSS variable, which the
+page (or, for a file of its own, the SVG) sets by the reader's preference. Text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, groupby
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from hdnn_dist.console import size
+from hdnn_dist.data import View
+from hdnn_dist.errors import UserError
+from hdnn_dist.job import Job
+
+# Series have three to one against the paper at least, in both.
+LIGHT = {
+    "ink": "#1c1d1f",
+    "soft": "#5e6167",
+    "grid": "#d9dbdf",
+    "paper": "#fdfdfc",
+    "c0": "#0069a8",
+    "c1": "#c94f00",
+    "c2": "#00825f",
+    "c3": "#a03d8e",
+    "c4": "#8f6a00",
+    "c5": "#106f80",
+    "c6": "#8a1f4f",
+    "c7": "#54575c",
+}
+DARK = {
+    "ink": "#e9eaec",
+    "soft": "#a6aab1",
+    "grid": "#3c4046",
+    "paper": "#17191c",
+    "c0": "#5db5f0",
+    "c1": "#ff9a56",
+    "c2": "#47cfa2",
+    "c3": "#e492d6",
+    "c4": "#e3c650",
+    "c5": "#6ad2e2",
+    "c6": "#f78db4",
+    "c7": "#b9bcc2",
+}
+SERIES = [name for name in LIGHT if name.startswith("c")]
+STYLES = ("-", "--", "-.", ":")
+DRAWN = 400  # agents up to which a graph is a picture
+SHOWN = 64  # agents up to which it says who they are and what they see
+LISTED = 16  # agents up to which alternative text names all
+POINTS = 300  # of a curve at most
+_FLOOR, _CEILING = 1e-200, 1e200  # what is lower or higher is drawn at these
+_RC: dict[Any, Any] = {
+    "axes.edgecolor": LIGHT["soft"],
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": LIGHT["ink"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.facecolor": LIGHT["paper"],
+    "font.size": 10,
+    "grid.color": LIGHT["grid"],
+    "legend.fontsize": "small",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hdnn_dist",
+    "text.color": LIGHT["ink"],
+    "text.parse_math": False,  # names are the user's
+    "xtick.color": LIGHT["soft"],
+    "ytick.color": LIGHT["soft"],
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure.
+
+    Attributes:
+        name: of its PNG file, without the suffix.
+        title: a few words.
+        alt: what it shows, with the numbers that matter.
+        png: the file.
+        svg: an `<svg>` element whose colours are variables.
+    """
+
+    name: str
+    title: str
+    alt: str
+    png: bytes
+    svg: str
+
+    @property
+    def svg_file(self) -> bytes:
+        """The SVG as a file of its own, light or dark by the reader's preference."""
+        head, end, rest = self.svg.partition(">")
+        return f"{head}{end}<style>{theme()}</style>{rest}".encode()
+
+
+def theme() -> str:
+    """The CSS variables of the colours, light and dark."""
+
+    def block(colours: Mapping[str, str]) -> str:
+        return ":root{" + "".join(f"--{name}:{value};" for name, value in colours.items()) + "}"
+
+    return f"{block(LIGHT)}@media(prefers-color-scheme:dark){{{block(DARK)}}}"
+
+
+def _chart(
+    name: str,
+    title: str,
+    alt: str,
+    draw: Callable[[Figure], None],
+    shape: tuple[float, float] = (4.3, 3.0),
+) -> Chart:
+    """Draw a figure of so many inches."""
+    with rc_context(_RC):
+        figure = Figure(figsize=shape, dpi=160, layout="constrained")
+        FigureCanvasAgg(figure)  # no window, whatever the machine's default backend
+        draw(figure)
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png")
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+    return Chart(name, title, alt, png.getvalue(), _element(svg.getvalue().decode(), name, alt))
+
+
+def _element(svg: str, name: str, alt: str) -> str:
+    """An `<svg>` that can stand beside others in a page, with colours as variables."""
+    svg = svg[svg.index("<svg") :]
+    # Ids are those of the file, and several files share a page.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+    for variable, colour in LIGHT.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    said = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{said}"', 1)
+
+
+def _series(k: int) -> str:
+    return LIGHT[SERIES[k % len(SERIES)]]
+
+
+class _Plain(LogFormatter):
+    """Labels of a logarithmic axis as numbers; the default ones are mathematics."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.3g}" if super().__call__(x, pos) else ""
+
+
+def _make_logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_Plain())
+    axes.yaxis.set_minor_formatter(_Plain())
+
+
+def _describe(axes: Axes, x: str, y: str, title: str = "") -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+# --- the graph of agents -------------------------------------------------------------------------
+
+
+def topology(job: Job, hosts: Sequence[int] | None, name: str = "topology") -> Chart:
+    """The agents with what each sees of the input, and the links with what they carry.
+
+    Args:
+        job: the job.
+        hosts: per agent, the number of its actor; None if that is not known.
+        name: of the chart.
+
+    Raises:
+        UserError: there are more agents than a picture can hold.
+    """
+    graph, names = job.topology, job.topology.names
+    if len(names) > DRAWN:
+        raise UserError(
+            f"a picture of {len(names)} agents would show nothing",
+            f"draw graphs of at most {DRAWN}",
+        )
+    carried: dict[tuple[int, int], int] = {}
+    sent = job.plan.traffic(job.plan.training_step, job.batch, job.dtype.itemsize)
+    for (source, target), amount in sent.items():
+        link = min(source, target), max(source, target)
+        carried[link] = carried.get(link, 0) + amount
+    at = _layout(job)
+    details = len(names) <= SHOWN
+    nearest = min((math.dist(at[i], at[l]) for i, l in combinations(at, 2)), default=1.0)
+    side = nearest * (0.56 if details else 0.5)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set_aspect("equal")
+        most = max(carried.values(), default=1)
+        for (i, l), amount in carried.items():
+            axes.plot(
+                *zip(at[i], at[l], strict=True),
+                color=LIGHT["soft"],
+                linewidth=0.6 + 3.4 * amount / most,
+                solid_capstyle="round",
+                zorder=1,
+            )
+        if graph.directed:
+            for l, i in graph.edges:
+                axes.add_patch(_arrow(at[l], at[i], side))
+        for i, place in at.items():
+            colour = LIGHT["c0"] if hosts is None else _series(hosts[i])
+            left, bottom = place[0] - side / 2, place[1] - side / 2
+            frame = Rectangle((left, bottom), side, side, linewidth=1.6, zorder=3)
+            frame.set(facecolor=LIGHT["paper"] if details else colour, edgecolor=colour)
+            axes.add_patch(frame)
+            if not details:
+                continue
+            for x, y, width, height in _seen(job.views[i], job.data.image, job.data.features):
+                part = Rectangle(
+                    (left + x * side, bottom + (1 - y - height) * side),
+                    width * side,
+                    height * side,
+                    facecolor=colour,
+                    linewidth=0,
+                    zorder=4,
+                )
+                axes.add_patch(part)
+            said = f"{names[i]}, root" if i == job.root else names[i]
+            axes.annotate(
+                said,
+                (place[0], bottom),
+                (0, -3),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=9 if len(names) <= 25 else 6,
+                zorder=5,
+                bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.6},
+            )
+        actors = sorted(set(hosts or ()))
+        if 1 < len(actors) < len(names) and len(actors) <= len(SERIES):
+            handles = [Rectangle((0, 0), 1, 1, color=_series(k)) for k in actors]
+            figure.legend(
+                handles, [f"actor {k}" for k in actors], loc="outside lower center", ncols=4
+            )
+        xs, ys = zip(*at.values(), strict=True)
+        axes.set_xlim(min(xs) - side, max(xs) + side)
+        axes.set_ylim(min(ys) - 1.1 * side, max(ys) + side)
+
+    shape = (4.8, 4.3) if len(names) <= 25 else (9.0, 8.0)
+    return _chart(name, "Agents", _told(job, hosts, carried), draw, shape)
+
+
+def _layout(job: Job) -> dict[int, tuple[float, float]]:
+    """Where the agents are drawn: turned so that they lie as what they see does in the input."""
+    M = len(job.topology.names)
+    links: nx.Graph[int] = nx.Graph(job.topology.edges)
+    links.add_nodes_from(range(M))
+    if len(links) <= 100 and nx.is_connected(links):
+        ring, start = nx.circular_layout(links), nx.spectral_layout(links)
+        # The ring moves apart those of which the spectrum knows no difference.
+        near = {i: start[i] + 0.05 * ring[i] for i in links}
+        found = nx.kamada_kawai_layout(links, pos=near)
+    else:
+        found = nx.spring_layout(links, seed=0)
+    at_M2 = np.array([found[i] for i in range(M)])
+    at_M2 -= at_M2.mean(0)
+    wanted_M2 = np.array([_middle(job, i) for i in range(M)])
+    U, _, Vt = np.linalg.svd(at_M2.T @ wanted_M2)  # Procrustes
+    return {i: (float(x), float(y)) for i, (x, y) in enumerate(at_M2 @ U @ Vt)}
+
+
+def _middle(job: Job, i: int) -> tuple[float, float]:
+    """Where the middle of what an agent sees lies from the middle of the input, y upwards."""
+    width = job.data.image[1] if job.data.image else job.data.features
+    height = job.data.features // width
+    if not (columns := np.array(job.views[i].columns)).size:
+        return 0.0, 0.0
+    x, y = (columns % width).mean(), (columns // width).mean()
+    return float((x + 0.5) / width - 0.5), float(0.5 - (y + 0.5) / height)
+
+
+def _arrow(
+    source: tuple[float, float], target: tuple[float, float], side: float
+) -> FancyArrowPatch:
+    """An arrow head where an edge reaches its agent's frame."""
+    distance = math.dist(source, target)
+    dx, dy = (target[0] - source[0]) / distance, (target[1] - source[1]) / distance
+    gap = side / 2 / max(abs(dx), abs(dy))  # from the centre to the frame
+    tip = target[0] - gap * dx, target[1] - gap * dy
+    return FancyArrowPatch(
+        (tip[0] - 0.1 * side * dx, tip[1] - 0.1 * side * dy),
+        tip,
+        arrowstyle="-|>",
+        mutation_scale=18,
+        color=LIGHT["ink"],
+        shrinkA=0,
+        shrinkB=0,
+        zorder=2,
+    )
+
+
+def _seen(
+    view: View, image: tuple[int, int] | None, features: int
+) -> Iterator[tuple[float, float, float, float]]:
+    """What a view covers of the whole input as rectangles in [0, 1]²: x, y from above, w, h.
+
+    An input that is no image is a row of features.
+    """
+    height, width = image or (1, features)
+    by_row: dict[int, list[int]] = {}
+    for column in sorted(view.columns):
+        by_row.setdefault(column // width, []).append(column % width)
+    for runs, rows in groupby(sorted(by_row), key=lambda row: _runs(by_row[row])):
+        for block in _runs(list(rows)):  # rows that are alike need not be neighbours
+            for run in runs:
+                yield run[0] / width, block[0] / height, run[1] / width, block[1] / height
+
+
+def _runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending numbers as runs: the first of each, and how many."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((number, 1))
+    return tuple(runs)
+
+
+def _told(job: Job, hosts: Sequence[int] | None, carried: Mapping[tuple[int, int], int]) -> str:
+    names, F = job.topology.names, job.data.features
+    kind = "directed" if job.topology.directed else "undirected"
+    said = [
+        f"{kind.capitalize()} graph of {len(names)} agents and {len(carried)} links in use.",
+        f"{names[job.root]} is the root of the readout.",
+    ]
+    if carried:
+        (i, l), most = max(carried.items(), key=lambda item: item[1])
+        least = min(carried.values())
+        said.append(
+            f"A training step sends {size(most)} over the busiest link, {names[i]} and {names[l]}, "
+            f"and {size(least)} over the quietest."
+        )
+    for i in range(min(len(names), LISTED)):
+        seen = len(job.views[i].columns)
+        where = "" if hosts is None else f", in actor {hosts[i]}"
+        said.append(f"{names[i]} sees {seen} of {F} features{where}.")
+    return " ".join(said)
+
+
+# --- curves of training --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values by step: of a run's training batches (faint) or of its evaluations (marked).
+
+    Attributes:
+        run: number of the run.
+        label: for the legend.
+        points: (step, value); a value that is no number is NaN.
+        marked: whether the points are few and each counts.
+    """
+
+    run: int
+    label: str
+    points: tuple[tuple[int, float], ...]
+    marked: bool
+
+
+def curves(
+    name: str, title: str, what: str, given: Sequence[Curve], logarithmic: bool = False
+) -> Chart:
+    """Curves over the steps of training."""
+    drawn = [curve for curve in given if curve.points]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for curve in drawn:
+            x, y = zip(*(curve.points if curve.marked else _thinned(curve.points)), strict=True)
+            axes.plot(
+                x,
+                [_within(v) for v in y] if logarithmic else y,
+                color=_series(curve.run),
+                linestyle=STYLES[curve.run % len(STYLES)] if curve.marked else "-",
+                marker="o" if curve.marked and len(x) <= 60 else None,
+                markersize=3.5,
+                linewidth=1.6 if curve.marked else 0.9,
+                alpha=1.0 if curve.marked else 0.55,
+                label=curve.label,
+            )
+        if logarithmic:
+            _make_logarithmic(axes)
+        _describe(axes, "step", what)
+        if drawn:
+            axes.legend()
+
+    said = " ".join(_course(curve) for curve in drawn) or "There are no records of it."
+    return _chart(name, title, f"{title} by training step. {said}", draw)
+
+
+def _course(curve: Curve) -> str:
+    """A curve in a sentence."""
+    values = [(step, value) for step, value in curve.points if math.isfinite(value)]
+    if not values:
+        return f"{curve.label}: no finite number."
+    (first, a), (last, b) = values[0], values[-1]
+    low, high = min(values, key=lambda p: p[1]), max(values, key=lambda p: p[1])
+    return (
+        f"{curve.label}: {a:.4g} at step {first}, {b:.4g} at step {last}; "
+        f"lowest {low[1]:.4g} at step {low[0]}, highest {high[1]:.4g} at step {high[0]}."
+    )
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Means of equal runs of points, at most `POINTS` of them."""
+    many = math.ceil(len(points) / POINTS)
+    parts = (np.array(points[k : k + many]).mean(0) for k in range(0, len(points), many))
+    return [(float(step), float(value)) for step, value in parts]
+
+
+def _within(value: float) -> float:
+    """A value where a logarithmic axis can show it."""
+    return value if math.isnan(value) else min(max(value, _FLOOR), _CEILING)
+
+
+# --- what goes through the layers ----------------------------------------------------------------
+
+
+def gradients(name: str, records: Sequence[tuple[int, Sequence[float]]]) -> Chart:
+    """`‖∂loss/∂y_j‖` by layer, for some epochs from the first (faint) to the last.
+
+    Args:
+        name: of the chart.
+        records: epoch and norms of `y_0 … y_N`; at least one.
+    """
+    shown = sorted({*range(0, len(records), 1 + len(records) // 5), len(records) - 1})
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for rank, k in enumerate(shown, 1):
+            epoch, norms = records[k]
+            axes.plot(
+                range(len(norms)),
+                [_within(norm) for norm in norms],
+                color=LIGHT["c0"],
+                alpha=0.25 + 0.75 * rank / len(shown),
+                linewidth=1.0 + rank / len(shown),
+                marker="o" if len(norms) <= 33 else None,
+                markersize=3,
+                label=f"epoch {epoch}",
+            )
+        _make_logarithmic(axes)
+        _describe(axes, "layer j (0: the input's state)", "‖∂loss/∂y_j‖")
+        axes.legend()
+
+    said = [
+        f"Epoch {epoch}: {norms[0]:.3g} at the first state, {norms[-1]:.3g} at the last, "
+        f"least {min(norms):.3g}."
+        for epoch, norms in (records[0], records[-1])[: len(records)]
+    ]
+    title = "Gradient norm per layer"
+    return _chart(name, title, f"{title}, in an epoch's last step. {' '.join(said)}", draw)
+
+
+def sensitivities(
+    name: str,
+    norms: Sequence[Sequence[float]],
+    log10_bounds: Sequence[float],
+    samples: int,
+    exact: bool = True,
+) -> Chart:
+    """`‖M_k‖` of some samples, with the upper bound from the weights and the lower bound 1.
+
+    Args:
+        name: of the chart.
+        norms: for `k = 1 … N`, of each sample.
+        log10_bounds: of the upper bounds.
+        samples: how many.
+        exact: whether the norms are those; else estimates from below.
+    """
+    k = range(1, len(norms) + 1)
+    least, largest = [min(row) for row in norms], [max(row) for row in norms]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        low, high = ([_within(v) for v in row] for row in (least, largest))
+        dots = {"marker": "o", "markersize": 3} if len(norms) <= 33 else {}
+        axes.fill_between(k, low, high, color=LIGHT["c0"], alpha=0.25, linewidth=0)
+        axes.plot(k, high, color=LIGHT["c0"], label="‖M_k‖, largest", **dots)  # type: ignore[arg-type]
+        axes.plot(k, low, color=LIGHT["c0"], linestyle=":", label="‖M_k‖, least")
+        bounds = [10 ** min(log, math.log10(_CEILING)) for log in log10_bounds]
+        axes.plot(k, bounds, color=LIGHT["c1"], linestyle="--", label="upper bound")
+        axes.axhline(1, color=LIGHT["ink"], linewidth=0.9, label="1")
+        _make_logarithmic(axes)
+        _describe(axes, "layers k back from the output", "norm")
+        axes.legend()
+
+    title = "Backward sensitivities and their bounds"
+    alt = (
+        f"{title}, of {samples} test samples. Of the last layer the norm is {least[0]:.4g} to "
+        f"{largest[0]:.4g}, of all {len(norms)} layers {least[-1]:.4g} to {largest[-1]:.4g}; the "
+        f"least of all is {min(least):.4g}. The upper bound from the weights is "
+        f"10^{log10_bounds[0]:.2f} for the last layer and 10^{log10_bounds[-1]:.2f} for all."
+    )
+    alt += "" if exact else " The norms are estimates from below."
+    return _chart(name, title, alt, draw)
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+PARTS = ("compute", "send", "wait")
+
+
+def times(name: str, agents: Sequence[str], seconds: Sequence[Sequence[float]]) -> Chart:
+    """Where a training step's time goes, agent by agent.
+
+    Args:
+        name: of the chart.
+        agents: their names.
+        seconds: per agent, of each of `PARTS` in a step.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        start = np.zeros(len(agents))
+        for part, colour, hatch, column in zip(
+            PARTS, ("c0", "c1", "grid"), ("", "//", ""), zip(*seconds, strict=True), strict=True
+        ):
+            width = 1e3 * np.array(column)
+            axes.barh(
+                range(len(agents)),
+                width,
+                left=start,
+                color=LIGHT[colour],
+                label=part,
+                hatch=hatch,
+                edgecolor=LIGHT["paper"],
+                linewidth=0.5,
+            )
+            start += width
+        many = len(agents) > SHOWN
+        axes.set_yticks([] if many else range(len(agents)), [] if many else agents)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        _describe(axes, "milliseconds a step", "agent" if many else "")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+
+    said = [
+        f"{agent}: "
+        + ", ".join(f"{part} {1e3 * s:.3g} ms" for part, s in zip(PARTS, own, strict=True))
+        + "."
+        for agent, own in list(zip(agents, seconds, strict=True))[:LISTED]
+    ]
+    title = "Time of a training step"
+    height = max(3.0, min(12.0, 1.0 + 0.22 * len(agents)))
+    return _chart(name, title, f"{title}, by agent. {' '.join(said)}", draw, (4.3, height))
+
+
+# --- right and wrong -----------------------------------------------------------------------------
+
+
+def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
+    """How often samples of each class (rows) were taken for each class (columns)."""
+    C, total = len(counts), int(counts.sum())
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        axes.set_aspect("equal")
+        axes.set(xlim=(-0.5, C - 0.5), ylim=(C - 0.5, -0.5))
+        for true, taken in np.ndindex(C, C):
+            if not counts[true, taken]:
+                continue
+            colour = LIGHT["c2" if true == taken else "c1"]
+            # A single mistake has to be seen.
+            alpha = 0.15 + 0.45 * float(share[true, taken])
+            corner = taken - 0.47, true - 0.47
+            axes.add_patch(
+                Rectangle(corner, 0.94, 0.94, facecolor=colour, alpha=alpha, linewidth=0)
+            )
+            axes.text(
+                taken,
+                true,
+                f"{counts[true, taken]}",
+                ha="center",
+                va="center",
+                fontsize=8 if total < 10_000 else 7,
+            )
+        axes.set(xlabel="taken for", ylabel="is", xticks=range(C), yticks=range(C))
+
+    right = int(np.trace(counts))
+    recall = np.diag(share)
+    worst = int(np.where(counts.sum(1) > 0, recall, np.inf).argmin())
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:5]
+    pairs = [(int(k) // C, int(k) % C) for k in order if wrong.flat[k]]
+    mistakes = ", ".join(f"{i} taken for {j} ({wrong[i, j]})" for i, j in pairs) or "none"
+    title = "Confusion matrix"
+    alt = (
+        f"{title} of {total} test samples, {right} of them right ({right / total:.2%}). Class "
+        f"{worst} is recognised least often ({recall[worst]:.1%}). Most frequent mistakes: "
+        f"{mistakes}."
+    )
+    return _chart(name, title, alt, draw, (4.3, 4.0))

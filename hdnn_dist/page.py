@@ -1,0 +1,450 @@
+"""Runs as one HTML page that needs nothing else to be read, with its figures as PNG beside it.
+
+`hdnn_dist.figures` draws, `page.html` is the page's template. Several runs stand side by side.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jinja2 import Environment, StrictUndefined
+from matplotlib.image import imsave
+from pydantic import TypeAdapter, ValidationError
+
+from hdnn_dist import __version__, figures
+from hdnn_dist.api import open_run
+from hdnn_dist.check import Report, examine, this_machine
+from hdnn_dist.checkpoint import latest_checkpoint
+from hdnn_dist.console import duration, size
+from hdnn_dist.data import load_features, load_labels
+from hdnn_dist.errors import UserError, on_a_line
+from hdnn_dist.figures import Chart, Curve
+from hdnn_dist.job import Job
+from hdnn_dist.metrics import read_metrics
+from hdnn_dist.reader import dump_spec
+from hdnn_dist.report import of_agents
+from hdnn_dist.run import check_can_be_made, differences, reopen
+from hdnn_dist.storage import Place, Where, place, write
+from hdnn_dist.trainer import Summary, read_summary
+from hdnn_dist.worker import Times
+
+MOST = 8  # runs side by side
+BSM_SAMPLES = 4
+_TIMES = TypeAdapter(list[Times])
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A test sample to which the agents gave its class little probability.
+
+    Attributes:
+        index: in the test set.
+        label, taken: its class, and the one that it is taken for.
+        share, believed: the probabilities of these.
+        picture: as a PNG data URI; None for what is no image.
+        values: of its features, where it is no image.
+    """
+
+    index: int
+    label: int
+    taken: int
+    share: float
+    believed: float
+    picture: str | None
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where an agent was, and what a training step was to it.
+
+    Attributes:
+        actor: its number.
+        node: its machine; empty for one process.
+        seconds: of `figures.PARTS`. An agent waits for other processes, and while others in its own
+            compute; what is left of a step is its process's, to hand over messages.
+    """
+
+    actor: int
+    node: str
+    seconds: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A run as the page shows it.
+
+    Attributes:
+        number: from 1, in the order given.
+        run: where it is.
+        job: of its latest checkpoint.
+        step: that this has taken.
+        state: the digest of what its states belong to.
+        summary: None if the run is not at its end.
+        told: what can be said of the job (see `hdnn_dist.check`).
+        records: its metrics.
+        accuracy, loss: of the checkpoint, on the test set.
+        counts: test samples by class and by the class they were taken for.
+        worst: those whose class was least believed.
+        bsm: see `hdnn_dist.report.of_agents`; None if it was not measured.
+        shares: by agent, if there is a record of it.
+    """
+
+    number: int
+    run: str
+    job: Job
+    step: int
+    state: str
+    summary: Summary | None
+    told: Report
+    records: list[dict[str, Any]]
+    accuracy: float
+    loss: float
+    counts: npt.NDArray[np.int64]
+    worst: list[Wrong]
+    bsm: dict[str, Any] | None
+    shares: dict[str, Share]
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return f"{self.job.topology.name} learns {self.job.data.name}"
+
+    @property
+    def label(self) -> str:
+        """For legends and headings, where several runs are shown."""
+        return f"{self.number}: {on_a_line(self.run.rstrip('/').rpartition('/')[2])[:40]}"
+
+    @property
+    def spec(self) -> str:
+        """The resolved spec."""
+        return dump_spec(self.job.spec)
+
+    @property
+    def regrouped(self) -> list[str]:
+        """When agents left or joined."""
+        return [
+            f"step {record['step']}: left {_few(record.get('left'))}; "
+            f"joined {_few(record.get('joined'))}"
+            for record in self.records
+            if record.get("kind") == "agents"
+        ]
+
+
+def write_page(
+    runs: Sequence[Where],
+    *,
+    out: Where | None = None,
+    worst: int = 12,
+    bsm: bool = True,
+    overrides: Sequence[str] = (),
+    local: bool = False,
+    address: str | None = None,
+) -> Place:
+    """Write the page of some runs, and its figures as PNG files.
+
+    The agents classify the test set and, with `bsm`, measure their sensitivities as for `analyze`.
+    The labels of the test set, and whole inputs of the worst-classified samples, are read here and
+    are on the page.
+
+    Args:
+        runs: run directories, at most `MOST`.
+        out: the folder; default: `report` in the run directory, or where there are several, here.
+        worst: how many of the worst-classified samples are shown; 0 reads no input.
+        bsm: whether backward sensitivities are measured.
+        overrides: as for `hdnn_dist.open_run`.
+        local: as for `hdnn_dist.open_run`.
+        address: as for `hdnn_dist.open_run`.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: no runs or too many, or the folder cannot be made.
+        CheckpointError: a run or its checkpoint cannot be used.
+    """
+    if not 1 <= len(runs) <= MOST:
+        raise UserError(f"{len(runs)} runs to compare", f"give 1 to {MOST}")
+    places = [place(run) for run in runs]
+    for run in places:
+        reopen(run, overrides)  # all are looked at before the first is opened
+    folder = place(out) if out is not None else _default(places)
+    check_can_be_made(folder, "--out")
+    shown = [
+        _look(k, run, worst, bsm, overrides, local, address) for k, run in enumerate(places, 1)
+    ]
+    sections = _sections(shown)
+    for _, charts, _ in sections:
+        for chart in charts:
+            write(folder / f"{chart.name}.png", chart.png)
+    page = folder / "report.html"
+    write(page, _render(shown, sections).encode())
+    return page
+
+
+def _default(runs: Sequence[Place]) -> Place:
+    return runs[0] / "report" if len(runs) == 1 else place("report")
+
+
+# --- from run directories to numbers -------------------------------------------------------------
+
+
+def _look(
+    number: int,
+    run: Place,
+    worst: int,
+    bsm: bool,
+    overrides: Sequence[str],
+    local: bool,
+    address: str | None,
+) -> Shown:
+    with open_run(run, overrides=overrides, local=local, address=address) as (runner, step):
+        job = runner.job
+        probabilities = runner.predict("test").astype(np.float64)
+        measured = of_agents(runner, min(BSM_SAMPLES, job.data.test)) if bsm else None
+    records = read_metrics(run)
+    labels = load_labels(job.spec.data, "test")
+    taken = probabilities.argmax(1)
+    believed = probabilities[np.arange(len(labels)), labels]
+    counts = np.zeros((job.data.classes, job.data.classes), np.int64)
+    np.add.at(counts, (labels, taken), 1)
+    least = np.argsort(believed, kind="stable")[:worst]
+    return Shown(
+        number=number,
+        run=str(run),
+        job=job,
+        step=step,
+        state=latest_checkpoint(run)[1].state,
+        summary=read_summary(run, step),
+        told=examine(job, [this_machine()]),
+        records=records,
+        accuracy=float((taken == labels).mean()),
+        loss=float(-np.log(np.maximum(believed, 1e-45)).mean()),
+        counts=counts,
+        worst=list(_wrong(job, least, labels, taken, probabilities)) if worst else [],
+        bsm=measured,
+        shares=_shares(records, job),
+    )
+
+
+def _wrong(
+    job: Job,
+    least: npt.NDArray[np.intp],
+    labels: npt.NDArray[np.int64],
+    taken: npt.NDArray[np.intp],
+    probabilities: npt.NDArray[np.float64],
+) -> Iterator[Wrong]:
+    image = job.data.image
+    x_BF = load_features(job.spec.data, "test", range(job.data.features))
+    for k in least:
+        yield Wrong(
+            index=int(k),
+            label=int(labels[k]),
+            taken=int(taken[k]),
+            share=float(probabilities[k, labels[k]]),
+            believed=float(probabilities[k, taken[k]]),
+            picture=None if image is None else _picture(x_BF[k].reshape(image)),
+            values=() if image is not None else tuple(float(v) for v in x_BF[k]),
+        )
+
+
+def _picture(x_HW: npt.NDArray[np.float32]) -> str:
+    content = io.BytesIO()
+    imsave(content, x_HW, cmap="gray", format="png")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _few(names: object) -> str:
+    return ", ".join(map(str, names)) if isinstance(names, list) and names else "nobody"
+
+
+def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
+    """Where the agents were last, and what the steps that they took there came to."""
+    runs: list[list[Times]] = []
+    for record in records:
+        if record.get("kind") == "times":
+            try:
+                runs.append(_TIMES.validate_python(record.get("actors")))
+            except ValidationError:
+                continue
+    last = [own.agents for own in runs[-1]] if runs else []
+    if {name for agents in last for name in agents} != set(job.topology.names):
+        return {}
+    shares = {}
+    for k, agents in enumerate(last):
+        own = [times for actors in runs for times in actors if times.agents == agents]
+        steps = max(1, sum(times.steps for times in own))
+        total = sum(times.total for times in own) / steps
+        compute = [sum(column) / steps for column in zip(*(t.compute for t in own), strict=True)]
+        wait = sum(times.wait for times in own) / steps
+        send = max(0.0, total - sum(compute) - wait)
+        for name, mine in zip(agents, compute, strict=True):
+            shares[name] = Share(k, own[-1].node, (mine, send, wait + sum(compute) - mine))
+    return shares
+
+
+def _points(run: Shown, kind: str, key: str) -> tuple[tuple[int, float], ...]:
+    """A number of a run's records by step; null is no number."""
+    values = ((r["step"], r.get(key)) for r in run.records if r.get("kind") == kind)
+    return tuple(
+        (step, math.nan if value is None else float(value))
+        for step, value in values
+        if value is None or isinstance(value, int | float)
+    )
+
+
+# --- from numbers to figures ---------------------------------------------------------------------
+
+Section = tuple[str, list[Chart], list[str]]
+
+
+def _sections(shown: Sequence[Shown]) -> list[Section]:
+    """Heading, charts and remarks of each section."""
+    gradients, without = _of_each("gradients", shown, _gradients)
+    sensitivities, unmeasured = _of_each("sensitivities", shown, _sensitivities)
+    return [
+        ("Agents and what they exchange", *_of_each("topology", shown, _agents)),
+        ("Training", _training(shown), []),
+        ("Gradients and sensitivities", gradients + sensitivities, without + unmeasured),
+        ("Where the time goes", *_of_each("times", shown, _times)),
+        ("Right and wrong", *_of_each("confusion", shown, _confusion)),
+    ]
+
+
+def _of_each(
+    what: str, shown: Sequence[Shown], draw: Callable[[str, Shown], Chart | str]
+) -> tuple[list[Chart], list[str]]:
+    """A chart of each run by its name, or the remark that stands for it."""
+    charts, remarks = [], []
+    for run in shown:
+        alone = len(shown) == 1
+        made = draw(what if alone else f"{what}-{run.number}", run)
+        if isinstance(made, str):
+            remarks.append(made if alone else f"{run.label}: {made}")
+        else:
+            charts.append(made if alone else replace(made, title=f"{made.title}, {run.label}"))
+    return charts, remarks
+
+
+def _agents(name: str, run: Shown) -> Chart | str:
+    try:
+        hosts = [run.shares[agent].actor for agent in run.job.topology.names if run.shares]
+        return figures.topology(run.job, hosts or None, name)
+    except UserError as error:
+        return f"The graph is not drawn: {error}."
+
+
+def _training(shown: Sequence[Shown]) -> list[Chart]:
+    def curves(key: str) -> list[Curve]:
+        return [
+            Curve(
+                run.number - 1,
+                f"{run.number} {what}" if len(shown) > 1 else what,
+                _points(run, kind, key),
+                kind == "eval",
+            )
+            for run in shown
+            for kind, what in (("train", "batches"), ("eval", "test"))
+        ]
+
+    return [
+        figures.curves("loss", "Loss", "cross-entropy", curves("loss"), logarithmic=True),
+        figures.curves("accuracy", "Accuracy", "share of right answers", curves("accuracy")),
+    ]
+
+
+def _gradients(name: str, run: Shown) -> Chart | str:
+    records = [
+        (r["epoch"], [math.nan if n is None else float(n) for n in r["norms"]])
+        for r in run.records
+        if r.get("kind") == "gradients" and r["norms"]
+    ]
+    return figures.gradients(name, records) if records else "There is no record of the gradients."
+
+
+def _sensitivities(name: str, run: Shown) -> Chart | str:
+    if run.bsm is None:
+        return "Backward sensitivities were not measured."
+    [network] = run.bsm["networks"]
+    return figures.sensitivities(
+        name, network["norms"], network["log10_bounds"], run.bsm["samples"], network["exact"]
+    )
+
+
+def _times(name: str, run: Shown) -> Chart | str:
+    if not run.shares:
+        return "There is no record of the agents' time, nor of who shared an actor."
+    return figures.times(name, [*run.shares], [share.seconds for share in run.shares.values()])
+
+
+def _confusion(name: str, run: Shown) -> Chart | str:
+    return figures.confusion(name, run.counts)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def _facts(run: Shown) -> list[tuple[str, str]]:
+    """The figures of a run, in words."""
+    job, told, summary = run.job, run.told, run.summary
+    ends = "" if run.step == job.steps else f" of {job.steps:,}"
+    facts = [
+        ("test accuracy", f"{run.accuracy:.2%}"),
+        ("test loss", f"{run.loss:.4f}"),
+        ("steps", f"{run.step:,}{ends}"),
+        ("model", f"{told.model}, {told.depth} layers, {told.parameters:,} parameters"),
+        ("agents", f"{len(told.agents)}, {told.edges} edges"),
+        ("sent a step", size(job.bytes_per_step)),
+        ("rounds a step", f"{len(job.plan.training_step)}"),
+    ]
+    if job.absent:
+        facts.append(("absent", ", ".join(job.absent)))
+    if summary is None:
+        return facts
+    return [
+        *facts,
+        ("best test accuracy", f"{summary.best_test_accuracy:.2%}"),
+        ("wall time", duration(summary.seconds)),
+        ("of it training", duration(summary.training_seconds)),
+        ("samples a second", f"{summary.samples_per_second:,.0f}"),
+        ("sent in all", size(summary.bytes_sent)),
+        ("ran as", summary.placement),
+        ("restarts", f"{summary.restarts}"),
+    ]
+
+
+def _render(shown: Sequence[Shown], sections: Sequence[Section]) -> str:
+    facts = [dict(_facts(run)) for run in shown]
+    labels = list(dict.fromkeys(name for own in facts for name in own))
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(files("hdnn_dist").joinpath("page.html").read_text())
+    return template.render(
+        theme=figures.theme(),
+        runs=shown,
+        facts=[(name, [own.get(name, "–") for own in facts]) for name in labels],
+        differences=differences([run.job.spec for run in shown]),
+        sections=sections,
+        size=size,
+        sent=[_sent(run.told) for run in shown],
+        versions=f"hdnn_dist {__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}",
+    )
+
+
+def _sent(told: Report) -> dict[str, int]:
+    """Bytes that each agent sends in a training step."""
+    sent = {agent.name: 0 for agent in told.agents}
+    for link in told.traffic:
+        sent[link.source] += link.bytes
+    return sent
