@@ -10,7 +10,7 @@
       tensorboard/              the same metrics as TensorBoard events
       checkpoints/
         step-00000230/
-          manifest.json         step, digest of the job, SHA-256 of each file, cost so far
+          manifest.json         step, digest of the job, SHA-256 of all files, cost so far
           <agent>.safetensors   one agent's weights and optimiser state
 
 RUN is a local path or a URL (see `hdnn_dist.storage`). A checkpoint's manifest is written last, and
@@ -39,7 +39,7 @@ from hdnn_dist.errors import CheckpointError, DamagedError
 from hdnn_dist.spec import AgentName
 from hdnn_dist.storage import MAX_TEXT, Place, kind, move, names, read, remove, write
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _NAMES = TypeAdapter(list[AgentName])
@@ -198,7 +198,7 @@ def write_checkpoint(
         accuracy=accuracy,
         spec=spec,
     )
-    write(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
+    write(folder / MANIFEST, seal(manifest.model_dump_json(indent=2).encode()))
     best = best_checkpoint(run) if keep_best else None
     for old in checkpoints(run)[:-keep_last]:
         if old != best:
@@ -292,17 +292,32 @@ def latest_checkpoint(run: Place) -> tuple[Place, Manifest]:
     return from_latest(run, lambda folder, manifest: (folder, manifest))
 
 
+def seal(manifest: bytes) -> bytes:
+    """A manifest as it is written: JSON of it and of its SHA-256, which is the first line."""
+    return b'{"sha256": "%s", "manifest":\n%s}\n' % (
+        hashlib.sha256(manifest).hexdigest().encode(),
+        manifest,
+    )
+
+
 def read_manifest(folder: Place) -> Manifest:
     """What a checkpoint says of itself.
 
     Raises:
-        DamagedError: it says nothing that can be read.
+        DamagedError: it says nothing that can be read, is not as it was written, or of another step
+            than its folder.
         CheckpointError: it is of another version.
     """
     file = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(read(file, MAX_TEXT))
-    except (OSError, ValidationError):
+        written = read(file, MAX_TEXT)
+        content = written.partition(b"\n")[2].removesuffix(b"}\n")
+        if seal(content) != written:
+            raise ValueError("not as it was written")
+        manifest = Manifest.model_validate_json(content)
+        if checkpoint_folder(folder, manifest.step).name != folder.name:
+            raise ValueError("of another step than its folder")
+    except (OSError, ValueError):
         raise DamagedError(
             f"{file}: missing or damaged", "remove this checkpoint's folder to use the one before"
         ) from None

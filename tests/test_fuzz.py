@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load, save
 import hdnn_dist
 from hdnn_dist import reader, topology
 from hdnn_dist.check import examine, this_machine
-from hdnn_dist.checkpoint import latest_checkpoint
+from hdnn_dist.checkpoint import latest_checkpoint, seal
 from hdnn_dist.cli import main
 from hdnn_dist.data import load_features, load_rows
 from hdnn_dist.errors import LONGEST, CheckpointError, DamagedError, DataError, SpecError, UserError
@@ -349,6 +350,15 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+@contextmanager
+def changed_manifest(run: Path) -> Iterator[dict[str, Any]]:
+    """The newest checkpoint's manifest, to be changed; with a SHA-256 of its own again."""
+    file = latest_checkpoint(run)[0] / "manifest.json"
+    manifest = json.loads(file.read_text())["manifest"]
+    yield manifest
+    file.write_bytes(seal(json.dumps(manifest).encode()))
+
+
 def refused(run: Path, says: str, error: type[CheckpointError] = DamagedError) -> None:
     """Loading, resuming and evaluating alike refuse the run."""
     job = Job.load(run / "spec.yaml")
@@ -366,10 +376,8 @@ def refused(run: Path, says: str, error: type[CheckpointError] = DamagedError) -
     "name", ["../b", "/etc/passwd", "b/../b", "b\0", "b\n", "..", "", "x" * 65], ids=range(8)
 )
 def test_a_manifest_that_names_other_files_is_refused(name: str, run: Path) -> None:
-    file = latest_checkpoint(run)[0] / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["files"][name] = manifest["files"].pop("b")
-    file.write_text(json.dumps(manifest))
+    with changed_manifest(run) as manifest:
+        manifest["files"][name] = manifest["files"].pop("b")
     refused(run, "manifest.json: missing or damaged")
 
 
@@ -377,6 +385,7 @@ def test_a_manifest_that_names_other_files_is_refused(name: str, run: Path) -> N
     "change",
     [
         {"step": -1},
+        {"step": 1},
         {"step": 10**400},
         {"format": "1"},
         {"files": ["a", "b"]},
@@ -386,8 +395,8 @@ def test_a_manifest_that_names_other_files_is_refused(name: str, run: Path) -> N
     ],
 )
 def test_a_manifest_of_impossible_values_is_refused(change: dict[str, Any], run: Path) -> None:
-    file = latest_checkpoint(run)[0] / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with changed_manifest(run) as manifest:
+        manifest |= change
     refused(run, "manifest.json: missing or damaged")
 
 
@@ -416,9 +425,8 @@ def sign(run: Path, content: bytes) -> None:
     """Make `content` agent a's file, with its checksum in the manifest."""
     folder = latest_checkpoint(run)[0]
     (folder / "a.safetensors").write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["a"] = hashlib.sha256(content).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with changed_manifest(run) as manifest:
+        manifest["files"]["a"] = hashlib.sha256(content).hexdigest()
 
 
 HUGE = json.dumps({"weights/b": {"dtype": "F32", "shape": [2**40, 2**30], "data_offsets": [0, 8]}})

@@ -332,6 +332,22 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
         hdnn_dist.load(run)
 
 
+def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path: Path) -> None:
+    job = tiny(training={"batch_size": 32, "epochs": 2})
+    run = create(job, tmp_path / "run")
+    hdnn_dist.fit(LocalRunner(job), run, tensorboard=False)
+    (run / "summary.json").unlink()
+    file = checkpoints(run)[-1] / "manifest.json"
+    good = file.read_bytes()
+    for k in range(0, len(good), 7):
+        content = bytearray(good)
+        content[k] ^= 1 << k % 8
+        file.write_bytes(content)
+        assert latest_checkpoint(run)[1].step == 2, content
+        if k % 50 == 0:
+            assert restore(LocalRunner(reopen(run)), run) == 2
+
+
 def test_what_a_run_has_left_behind_it_does_not_come_back(tmp_path: Path) -> None:
     job = tiny(training={"batch_size": 16, "epochs": 4, "keep_last": 2})
     run = create(job, tmp_path / "run")
