@@ -73,7 +73,7 @@ class Manifest(BaseModel):
         step: optimiser steps taken.
         state: `hdnn_dist.trainer.state_digest` of the job that wrote it.
         spec: of that job, resolved, to say what has changed since; None if it was not given.
-        files: SHA-256 by agent.
+        files: bytes and SHA-256 by agent.
         totals: of the run so far.
         accuracy: on the test set after these steps; None if it was not looked at.
     """
@@ -83,7 +83,7 @@ class Manifest(BaseModel):
     format: int = FORMAT
     step: Whole
     state: str
-    files: dict[AgentName, str]
+    files: dict[AgentName, Annotated[str, Field(pattern=r"^[0-9]{1,18} [0-9a-f]{64}$")]]
     totals: Totals
     accuracy: float | None = None
     spec: dict[str, Any] | None = None
@@ -100,10 +100,15 @@ def agent_file(folder: Place, name: str) -> Place:
 
 
 def save_agent(folder: Place, name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Write one agent's tensors and return the SHA-256 of the file."""
+    """Write one agent's tensors and return the file's `checksum`."""
     content = save({key: value.contiguous() for key, value in tensors.items()})
     write(agent_file(folder, name), content)
-    return hashlib.sha256(content).hexdigest()
+    return checksum(content)
+
+
+def checksum(content: bytes) -> str:
+    """How many bytes there are, so that no more are read, and their SHA-256."""
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
 
 
 def load_agent(folder: Place, name: str, manifest: Manifest) -> dict[str, Tensor]:
@@ -123,15 +128,15 @@ def load_agent(folder: Place, name: str, manifest: Manifest) -> dict[str, Tensor
 
 
 def _read_agent(folder: Place, name: str, manifest: Manifest) -> bytes:
-    file = agent_file(folder, name)
+    file, expected = agent_file(folder, name), manifest.files[name]
     try:
-        content = read(file)
+        content = read(file, int(expected.partition(" ")[0]))
     except OSError as error:
         raise DamagedError(
             f"{file}: cannot be read ({error.strerror or 'it is not there'})",
             "restore it or use an older checkpoint",
         ) from None
-    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
+    if checksum(content) != expected:
         raise DamagedError(
             f"{file}: its SHA-256 is not the manifest's: the file is damaged",
             "restore it or remove this checkpoint's folder to use the one before",

@@ -47,6 +47,8 @@ __all__ = [
     "split_features",
 ]
 
+MAX_VALUES = 10**8  # of a file of new samples: what is made of them is in memory
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -306,6 +308,11 @@ def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
     if raw.dtype.kind not in "uif" or raw.shape[1:] not in shapes or not len(raw):
         raise DataError(f"{path} holds {raw.dtype} of shape {raw.shape}", mend)
     pixels: Sequence[Any] = np.unravel_index(np.asarray(columns, np.intp), raw.shape[1:])
+    if len(raw) > (most := MAX_VALUES // info.features):
+        raise DataError(
+            f"{path} holds {len(raw)} samples, but of {spec.name} no more than {most} are taken",
+            "split it into files of fewer rows, one after the other",
+        )
     x_BF: Array = raw[(..., *pixels)]
     white = PIXELS.get(spec.name, (math.inf,))[0]
     low = 0.0 if info.image else -math.inf

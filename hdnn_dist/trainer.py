@@ -83,7 +83,7 @@ class Runner(Protocol):
         ...
 
     def save(self, folder: Place) -> dict[str, str]:
-        """Write each agent's state into a folder; SHA-256 by agent."""
+        """Write each agent's state into a folder; checksum by agent."""
         ...
 
     def load(self, folder: Place, manifest: Manifest) -> None:

@@ -124,7 +124,7 @@ class Worker:
         return reduce(operator.add, sums)
 
     def save(self, folder: Place) -> dict[str, str]:
-        """Write the state of each agent here; SHA-256 by agent."""
+        """Write the state of each agent here; checksum by agent."""
         return {
             agent.name: save_agent(folder, agent.name, agent.state())
             for agent in self.agents.values()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
-import hashlib
 import io
 import json
 import logging
@@ -39,7 +38,7 @@ from hypothesis import strategies as st
 import hdnn_dist
 from hdnn_dist import data, mnist
 from hdnn_dist.check import examine, render, this_machine
-from hdnn_dist.checkpoint import seal
+from hdnn_dist.checkpoint import checksum, seal
 from hdnn_dist.cli import main as command_line
 from hdnn_dist.data import DataInfo, ensure_available, load_features, load_labels, load_rows
 from hdnn_dist.errors import LONGEST, HdnnError
@@ -220,7 +219,7 @@ def checkpoint(folder: Path) -> tuple[st.SearchStrategy[tuple[str, bytes, bool]]
         (run / name).write_bytes(content)
         if signed and name.endswith(".safetensors"):
             manifest = json.loads(files[latest])["manifest"]
-            manifest["files"][Path(name).stem] = hashlib.sha256(content).hexdigest()
+            manifest["files"][Path(name).stem] = checksum(content)
             (run / latest).write_bytes(seal(json.dumps(manifest).encode()))
         elif signed and name == latest:
             (run / latest).write_bytes(seal(content))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from safetensors.torch import load, save
 import hdnn_dist
 from hdnn_dist import reader, topology
 from hdnn_dist.check import examine, this_machine
-from hdnn_dist.checkpoint import latest_checkpoint, seal
+from hdnn_dist.checkpoint import checksum, latest_checkpoint, seal
 from hdnn_dist.cli import main
 from hdnn_dist.data import load_features, load_rows
 from hdnn_dist.errors import LONGEST, CheckpointError, DamagedError, DataError, SpecError, UserError
@@ -335,6 +334,15 @@ def test_hostile_npy_files_are_refused(content: bytes, tmp_path: Path) -> None:
         read_matrix(tmp_path / "x.npy", ("model", "J"))
 
 
+def test_more_samples_than_memory_is_meant_for_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.npy"
+    np.lib.format.open_memmap(file, "w+", np.uint8, (1_562_501, 64))
+    with pytest.raises(
+        DataError, match="holds 1562501 samples, but of digits no more than 1562500"
+    ):
+        load_rows(DataSpec(), file, range(64))
+
+
 # --- run directories -----------------------------------------------------------------------------
 
 
@@ -389,6 +397,7 @@ def test_a_manifest_that_names_other_files_is_refused(name: str, run: Path) -> N
         {"step": 10**400},
         {"format": "1"},
         {"files": ["a", "b"]},
+        {"files": {"a": "1"}},
         {"totals": {"seconds": -1.0}},
         {"totals": {"bytes_sent": 10**400}},
         {"more": 1},
@@ -413,6 +422,15 @@ def test_what_is_no_file_is_not_read(name: str, place: Callable[[Path], None], r
     refused(run, f"{name}: (missing or damaged|cannot be read)")
 
 
+def test_files_without_end_are_not_read_to_it(run: Path) -> None:
+    records = read_metrics(run)
+    assert records
+    os.truncate(run / "metrics.jsonl", 100 << 30)
+    assert read_metrics(run) == records
+    os.truncate(latest_checkpoint(run)[0] / "a.safetensors", 100 << 30)
+    refused(run, "a.safetensors: cannot be read .larger than")
+
+
 def test_a_link_out_of_the_run_directory_needs_the_checksum(run: Path, tmp_path: Path) -> None:
     file = latest_checkpoint(run)[0] / "a.safetensors"
     (tmp_path / "secret").write_text("secret")
@@ -426,7 +444,7 @@ def sign(run: Path, content: bytes) -> None:
     folder = latest_checkpoint(run)[0]
     (folder / "a.safetensors").write_bytes(content)
     with changed_manifest(run) as manifest:
-        manifest["files"]["a"] = hashlib.sha256(content).hexdigest()
+        manifest["files"]["a"] = checksum(content)
 
 
 HUGE = json.dumps({"weights/b": {"dtype": "F32", "shape": [2**40, 2**30], "data_offsets": [0, 8]}})
