@@ -26,6 +26,7 @@ import numpy.typing as npt
 from hdnn_dist.errors import DataError, SpecError, did_you_mean
 from hdnn_dist.mnist import IMAGE, SAMPLES, Array, Part, ensure_available, locate_mnist, read_mnist
 from hdnn_dist.spec import AutoSplit, DataName, DataSpec, IndexSplit, PatchSplit, StripeSplit
+from hdnn_dist.storage import check_regular
 
 __all__ = [
     "DataInfo",
@@ -302,6 +303,7 @@ def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
     wanted = " or ".join(str(("n", *shape)).replace("'", "") for shape in shapes)
     mend = f"write it with numpy.save as an array of numbers of shape {wanted}"
     try:
+        check_regular(path)
         raw = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header can raise whatever Python's tokenizer does
         raise DataError(f"{path} cannot be read as an .npy file: {error}", mend) from error

@@ -334,6 +334,14 @@ def test_hostile_npy_files_are_refused(content: bytes, tmp_path: Path) -> None:
         read_matrix(tmp_path / "x.npy", ("model", "J"))
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.npy")
+    with pytest.raises(DataError, match="not a regular file"):
+        load_rows(DataSpec(), tmp_path / "x.npy", [0])
+    with pytest.raises(SpecError, match="not a regular file"):
+        read_matrix(tmp_path / "x.npy", ("model", "J"))
+
+
 def test_more_samples_than_memory_is_meant_for_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.npy"
     np.lib.format.open_memmap(file, "w+", np.uint8, (1_562_501, 64))
