@@ -336,13 +336,18 @@ class Agent:
                     tensors[f"optimizer/{name}/{key}"] = value
         return tensors
 
+    def initial_state(self) -> dict[str, Tensor]:
+        """What `state` gives of an agent that has not trained yet."""
+        initial = self.job.architecture.initial(self.i, self.job.dtype)
+        return {f"weights/{name}": value for name, value in initial.items()}
+
     def load_state(self, tensors: Mapping[str, Tensor], writer: Architecture | None = None) -> None:
         """Put back what `state` gave.
 
         Args:
             tensors: the state.
             writer: the network it is of, where other agents took part in that: blocks that belong
-                to agents of both are put back, those that are new keep their initial values.
+                to agents of both are put back, those that are new get their initial values.
 
         Raises:
             CheckpointError: names, shapes or types are not this agent's.
@@ -381,8 +386,8 @@ class Agent:
         has_neighbours = name in (*architecture.member.matrices, *architecture.coupling)
         if not has_neighbours or value.dim() < 2:  # an optimiser's count of steps has no columns
             return value
-        weight = self.weights[name].detach()
-        carried = weight.clone() if kind == "weights" else torch.zeros_like(weight)
+        fresh = self.initial_state()[f"weights/{name}"]
+        carried = fresh if kind == "weights" else torch.zeros_like(fresh)
         here, there = architecture.common_columns(self.i, name, writer)
         carried[..., here] = value[..., there]
         return carried

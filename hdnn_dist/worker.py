@@ -133,7 +133,7 @@ class Worker:
     def load(self, folder: Place, manifest: Manifest) -> None:
         """Put back what `save` wrote, whichever processes wrote it.
 
-        Agents that did not take part in the checkpoint keep the weights they have.
+        Agents that did not take part in the checkpoint start anew.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
@@ -144,6 +144,8 @@ class Worker:
         for agent in self.agents.values():
             if same or agent.name in took_part:
                 agent.load_state(load_agent(folder, agent.name, manifest), writer)
+            else:
+                agent.load_state(agent.initial_state())
         self.step = manifest.step
 
     def _drive(

@@ -614,6 +614,20 @@ def test_an_agent_joins_at_a_checkpoint_with_fresh_weights(tmp_path: Path) -> No
         assert not b[f"optimizer/{K}/exp_avg"][..., of_c].any()
 
 
+def test_what_is_new_is_fresh_whatever_was_loaded_before(tmp_path: Path) -> None:
+    job, run = path(), create(path(), tmp_path / "run")
+    some = LocalRunner(job.without(["c"]))
+    some.train(4)
+    write_checkpoint(run, 4, state_digest(job), Totals(), some.save)
+    fresh, used = LocalRunner(job), LocalRunner(job)
+    used.train(8)
+    assert restore(fresh, run) == restore(used, run) == 4
+    for one, other in zip(fresh.worker.agents.values(), used.worker.agents.values(), strict=True):
+        expected, state = one.state(), other.state()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
 @pytest.mark.parametrize(
     ("agent", "why"),
     [
