@@ -68,7 +68,7 @@ class Fault:
     """A number that is not finite where an agent first met one in a step; the earliest sorts first.
 
     Attributes:
-        step: from 1.
+        step: from 1; of an evaluation, the last one taken.
         rounds: layers that the step had gone through, forward and then back.
         agent: whose.
         what: the number.
@@ -116,7 +116,7 @@ class Agent:
         self._features: dict[Part, Tensor] = {}
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
-        self.fault: Fault | None = None  # of the last step
+        self.fault: Fault | None = None  # of the last step or evaluation
         self.gradient_squares = torch.empty(0)  # own ‖∂loss/∂y_j‖², at the last step of an epoch
 
     # --- data: own columns, and at the root the labels -----------------------------------------
@@ -217,12 +217,23 @@ class Agent:
                 return Fault(step + 1, 2 * N + 2, self.name, f"the gradient of {name}")
         return Fault(step + 1, 2 * N + 2, self.name, "the norm of the gradient")
 
-    def evaluate(self, part: Part, start: int, stop: int) -> Exchange[tuple[float, int] | None]:
-        """Summed loss and number of right answers over some samples; None but at the root."""
+    def evaluate(
+        self, part: Part, start: int, stop: int, step: int
+    ) -> Exchange[tuple[float, int] | None]:
+        """Summed loss and number of right answers over some samples; None but at the root.
+
+        A number that is not finite is the agent's `fault`, of the last of the `step` steps taken.
+        """
         scores = yield from self.node.forward(self.features(part)[start:stop].T)
+        self.fault = None
+        if (j := self.node.first_nonfinite_state()) is not None:
+            self.fault = Fault(step, j, self.name, f"the {part} set's state y_{j}")
         if not self.is_root:
             return None
         loss, correct, _ = cross_entropy(scores, self.labels(part)[start:stop])
+        if self.fault is None and not math.isfinite(loss):
+            after_layers = self.job.architecture.patterns.layers + 0.5
+            self.fault = Fault(step, after_layers, self.name, f"the {part} set's loss")
         return loss, correct
 
     def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:

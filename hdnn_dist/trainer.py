@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Worker
 
+log = logging.getLogger("hdnn_dist")
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
 
@@ -375,7 +377,7 @@ class Trainer:
         self._tell("started", runner, step)
         if took_part != (now := set(job.topology.names)):
             self._tell("regrouped", step, sorted(took_part - now), sorted(now - took_part))
-            evaluation = runner.evaluate()
+            evaluation = self._evaluate()
             self._tell("evaluated", step, step // per_epoch, evaluation)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
@@ -395,7 +397,7 @@ class Trainer:
                     norms = runner.gradient_squares().sqrt().tolist()
                     self._tell("differentiated", step, epoch, norms)
                     if epoch % training.eval_every == 0 or ends:
-                        evaluation = runner.evaluate()
+                        evaluation = self._evaluate()
                         best = max(best, evaluation.accuracy)
                         self._tell("evaluated", step, epoch, evaluation)
                 if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
@@ -405,7 +407,7 @@ class Trainer:
                     if not ends and self._wanted() is not job:
                         return None
         if evaluation is None:  # all steps were taken, but the summary is not there
-            evaluation = runner.evaluate()
+            evaluation = self._evaluate()
             best = max(best, evaluation.accuracy)
         summary = Summary(
             run=str(self.run),
@@ -439,6 +441,20 @@ class Trainer:
             problem = f"the loss is {losses[0].loss} at step {losses[0].step}"
         else:
             return
+        self._refuse(problem)
+
+    def _evaluate(self) -> Evaluation:
+        """Look at the test set; at a number that is not finite stop, or warn: nothing to skip."""
+        evaluation = self.runner.evaluate()
+        faults = self.runner.faults()
+        if faults or not math.isfinite(evaluation.loss):
+            problem = str(min(faults)) if faults else f"the test loss is {evaluation.loss}"
+            if self.runner.job.spec.training.on_nonfinite == "stop":
+                self._refuse(problem)
+            log.warning(problem)
+        return evaluation
+
+    def _refuse(self, problem: str) -> NoReturn:
         raise RunError(
             f"{problem}; the checkpoints before it are good: resume with a lower "
             "training.optimizer.lr, with training.clip_norm, or with training.on_nonfinite=skip"

@@ -77,8 +77,9 @@ class Worker:
         samples = self.job.data.samples(part)
         sums: list[tuple[float, int]] = []
         for start, stop in _slices(samples):
-            actions = {i: a.evaluate(part, start, stop) for i, a in self.agents.items()}
+            actions = {i: a.evaluate(part, start, stop, self.step) for i, a in self.agents.items()}
             sums += self._drive(actions, stop - start, self.job.plan.forward)
+            self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
         if not sums:
             return None
         loss, correct = (sum(column) for column in zip(*sums, strict=True))

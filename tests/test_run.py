@@ -245,7 +245,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
 def test_a_resumed_run_is_summed_over_all_its_processes(tmp_path: Path) -> None:
     """Cut after three of four epochs, its last evaluation the worst."""
     run = tmp_path / "run"
-    job = tiny(training={"epochs": 4, "batch_size": 32})
+    job = tiny(training={"epochs": 4, "batch_size": 32, "on_nonfinite": "skip"})
 
     class Moody(LocalRunner):
         accuracies: ClassVar = [0.5, 0.9, 0.75, 0.25]
@@ -445,6 +445,25 @@ def test_a_number_that_is_not_finite_is_named_where_it_came_from(tmp_path: Path)
     with pytest.raises(RunError, match=r"^step \d: the state y_0 of agent 'b' is not finite"):
         hdnn_dist.fit(poisoned(job, 1, 5), create(job, tmp_path / "run"))
     assert not has_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("activations", ["store", "recompute"])
+def test_an_evaluation_that_is_not_finite_stops_the_run_or_is_told(
+    policy: str, activations: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = {"epochs": 2, "on_nonfinite": policy, "activations": activations}
+    job, run = tiny(training=training), tmp_path / "run"
+    said = "step 1: the test set's state y_0 of agent 'b' is not finite"
+    runner = LocalRunner(job)
+    runner.worker.agents[1].features("test")[3] = math.inf
+    if policy == "stop":
+        with pytest.raises(RunError, match=f"^{said}; the checkpoints before it are good"):
+            hdnn_dist.fit(runner, create(job, run), tensorboard=False)
+        assert not has_checkpoint(run)
+    else:
+        assert math.isnan(hdnn_dist.fit(runner, create(job, run), tensorboard=False).test_loss)
+        assert said in caplog.text
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all_agents(tmp_path: Path) -> None:
