@@ -212,9 +212,13 @@ class Agent:
         for j in reversed(range(N + 1)):
             if not torch.isfinite(norms[j]):
                 return Fault(step + 1, 2 * N + 1 - j, self.name, f"the cotangent ∂loss/∂y_{j}")
+        member = self.job.architecture.member
         for name, gradient in gradients.items():
-            if not torch.isfinite(gradient).all():
-                return Fault(step + 1, 2 * N + 2, self.name, f"the gradient of {name}")
+            if not (finite := torch.isfinite(gradient)).all():
+                what = f"the gradient of {name}"
+                if name in (*member.matrices, *member.vectors):
+                    what += f" in layer {finite.flatten(1).all(1).int().argmin()}"
+                return Fault(step + 1, 2 * N + 2, self.name, what)
         return Fault(step + 1, 2 * N + 2, self.name, "the norm of the gradient")
 
     def evaluate(

@@ -504,6 +504,15 @@ def test_where_a_weight_that_is_not_finite_is_felt(name: str, what: str) -> None
     assert min(runner.faults()).what == what
 
 
+def test_a_gradient_that_is_not_finite_is_named_with_its_layer() -> None:
+    runner = LocalRunner(tiny(model={"layers": 4}, training={"alpha": 1e6}))
+    with torch.no_grad():  # finite, unlike its difference to its neighbours times alpha
+        runner.worker.agents[1].weights["Kp"][2] = 1e35
+    runner.train(1)
+    found = {fault.agent: fault.what for fault in runner.faults()}
+    assert found["b"] == "the gradient of Kp in layer 1"
+
+
 def test_a_run_that_is_told_to_stop_saves_this_very_step(tmp_path: Path) -> None:
     class Stopper(Listener):
         def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
