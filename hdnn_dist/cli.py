@@ -98,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app(args=arguments, prog_name="hdnn-dist")
         except (HdnnError, OSError) as error:
             sys.exit(_report(error))
+        except MemoryError as error:
+            problem = f"out of memory ({str(error) or 'of Python'})"
+            sys.exit(_report(UserError(problem, "take smaller inputs, or a machine with more")))
 
 
 @contextmanager
