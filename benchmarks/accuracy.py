@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py --data-dir FOLDER_OF_THE_IDX_FILES
 
-The spec is `topologies/mnist-grid16.yaml` with no shift and another schedule: 16 agents on a grid,
-7x7 pixels each. One after the other, from the same initial weights, with the same order of samples,
-batches and learning rates:
+The spec is `topologies/mnist-grid16.yaml` with another schedule: 16 agents on a grid, 7x7 pixels
+each. One after the other, from the same initial weights, with the same order of samples,
+batches, shifts of each agent's pixels and learning rates:
 
     2 actors      8 agents in each of two Ray actors
     16 actors     one agent in each
@@ -35,7 +35,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hdnn_dist
-from hdnn_dist.data import epoch_order, load_features, load_labels
+from hdnn_dist.data import (
+    background,
+    epoch_order,
+    load_features,
+    load_labels,
+    shift_images,
+    shifts,
+)
 from hdnn_dist.optimization import build_optimizer, learning_rate
 
 SPEC = Path(__file__).parents[1] / "topologies" / "mnist-grid16.yaml"
@@ -55,6 +62,7 @@ def agents(job: hdnn_dist.Job, local: bool = False) -> Iterator[Epoch]:
 def dense(job: hdnn_dist.Job, rank: int = 0, size: int = 1) -> Iterator[Epoch]:
     """The dense model on every `size`-th sample of each batch, gradients averaged."""
     spec, training = job.spec.data, job.spec.training
+    black = background(spec.name)
     x, test = (
         torch.from_numpy(load_features(spec, part, range(job.data.features)))
         for part in ("train", "test")
@@ -67,17 +75,25 @@ def dense(job: hdnn_dist.Job, rank: int = 0, size: int = 1) -> Iterator[Epoch]:
         order = torch.from_numpy(epoch_order(training.seed, epoch, job.data.train))
         start = time.perf_counter()
         for k in range(job.steps_per_epoch):
+            step = epoch * job.steps_per_epoch + k
             index = order[k * job.batch : (k + 1) * job.batch][rank::size]
+            moves = shifts(training.seed, step, job.batch, training.shift)[rank::size]
+            seen = x[index]
+            for view in job.views:
+                assert view.image is not None
+                columns = list(view.columns)
+                part = shift_images(seen[:, columns].numpy(), view.image, moves, black)
+                seen[:, columns] = torch.from_numpy(part)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(
                     training.schedule,
                     training.optimizer.lr,
-                    epoch * job.steps_per_epoch + k,
+                    step,
                     job.steps,
                     job.steps_per_epoch,
                 )
             optimizer.zero_grad()
-            F.cross_entropy(net(x[index]), labels[index]).backward()
+            F.cross_entropy(net(seen), labels[index]).backward()
             optimizer.step()
         seconds = time.perf_counter() - start
         with torch.no_grad():
@@ -130,8 +146,9 @@ def main() -> None:
         return hdnn_dist.Job.load(
             SPEC,
             [
-                *(f"data.dir={o.data_dir.absolute()}", "training.shift=0"),
-                *(f"training.epochs={o.epochs}", f"training.optimizer.lr={o.lr}"),
+                f"data.dir={o.data_dir.absolute()}",
+                f"training.epochs={o.epochs}",
+                f"training.optimizer.lr={o.lr}",
                 f"cluster.agents_per_actor={per_actor}",
             ],
         )

@@ -364,6 +364,11 @@ def checkpoints(run: Place) -> list[Place]:
     return [folder for folder in _folders(run) if _is_whole(folder)]
 
 
+def newest_step(run: Place) -> int:
+    """The steps that the newest of a run's checkpoints has taken; 0 if there is none."""
+    return max((int(folder.name.removeprefix("step-")) for folder in checkpoints(run)), default=0)
+
+
 def _folders(run: Place) -> list[Place]:
     """The folders of a run's checkpoints, finished or not, oldest first."""
     there = run / "checkpoints"

@@ -33,6 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import (
@@ -80,11 +81,6 @@ class AgentActor:
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
         """Answer, even while another method is blocked in a round."""
-
-    def node(self) -> str:
-        """The node that the actor is on: its address, and the first digits of its id."""
-        id: str = ray.get_runtime_context().get_node_id()
-        return f"{ray.util.get_node_ip_address()} ({id[:8]})"
 
     def open_store(self, timeout: float) -> tuple[str, int]:
         """Open the store at which the group meets, on a port that is free; rank 0 alone."""
@@ -221,8 +217,10 @@ class RayRunner:
         self.patience = self.timeout - 2.5 * self.grace
         self._actors: list[Any] = []
         self._nodes: list[str] = []
-        self._raylets: dict[str, tuple[str, int]] = {}  # where each node listens
-        self._looked = 0.0  # when those were looked at last
+        self._raylets: dict[str, str] = {}  # where each node listens
+        self._silence: dict[str, float] = {}  # seconds since it answered, by node
+        self._looked = 0.0  # when those were asked last
+        self._starting = True  # the actors' processes
         self._suspects: set[str] = set()  # nodes on which actors were lost
         self._group: PlacementGroup | None = None
         self._own_ray = not ray.is_initialized()
@@ -231,10 +229,21 @@ class RayRunner:
         try:
             if self._own_ray:
                 _start(address_of(job.spec.cluster, address))
-            self.reform(job)
+            self._launch()
         except BaseException:
             self.close()
             raise
+
+    def _launch(self) -> None:
+        """Form the group, anew where machines are lost meanwhile."""
+        cluster = self.job.spec.cluster
+        for left in reversed(range(cluster.max_restarts + 1)):
+            try:
+                return self.reform(self.job)
+            except LostError as error:
+                if not left or cluster.on_agent_loss == "stop":
+                    raise
+                log.warning("%s; the actors are started anew", error)
 
     def reform(self, job: Job) -> None:
         """See `Runner`: the actors there are make room for new ones."""
@@ -305,6 +314,12 @@ class RayRunner:
                 )
                 .remote()
             )
+        by_id = {node["NodeID"]: node for node in ray.nodes()}
+        bundles = placement_group_table(self._group)["bundles_to_node_id"]
+        on = [by_id[bundles[rank]] for rank in range(len(wanted))]
+        self._nodes = [f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in on]
+        addresses = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in on]
+        self._raylets = dict(zip(self._nodes, addresses, strict=True))
 
     def _reserve(self, nodes: Sequence[dict[str, Any]]) -> Sequence[Demand]:
         """Ask Ray for the bundles, in place of those asked for before; what they are to hold.
@@ -341,13 +356,10 @@ class RayRunner:
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
-        self._nodes = self._all("node")
-        self._raylets = {
-            node: (there["NodeManagerAddress"], there["NodeManagerPort"])
-            for node in self._nodes
-            for there in ray.nodes()
-            if there["NodeID"][:8] in node
-        }
+        self._silence = dict.fromkeys(self._nodes, 0.0)
+        self._starting = True
+        self._all("alive")
+        self._starting = False
         first_on_node = [self._nodes.index(node) for node in dict.fromkeys(self._nodes)]
         self._ask([(rank, "prepare", (self.job.spec,)) for rank in first_on_node])
         size = len(self._actors)
@@ -449,7 +461,7 @@ class RayRunner:
         order = list(pending)
         answers: dict[Any, Any] = {}
         pings: dict[Any, int] = {}
-        begin = time.monotonic() + (0.0 if self._nodes else START)
+        begin = time.monotonic() + (START if self._starting else 0.0)
         heard = dict.fromkeys(range(len(self._actors)), begin)
         while pending:
             self._look_at_nodes()
@@ -489,20 +501,26 @@ class RayRunner:
     def _look_at_nodes(self) -> None:
         """Whether Ray still runs on each node; Ray itself would tell only after a quarter minute.
 
-        An actor outlives the raylet of its node for a while, but nobody can look after it.
+        An actor outlives the raylet of its node for a while, but nobody can look after it; and one
+        that has not started yet cannot tell that its node is stopped.
         """
-        if time.monotonic() - self._looked < SLICE:
+        elapsed = time.monotonic() - self._looked
+        if elapsed < min(SLICE, self.timeout / 8):
             return
         self._looked = time.monotonic()
+        answers = _knock(self._raylets.values())
+        dead: dict[int, str] = {}
+        silent: list[int] = []
+        for rank, node in enumerate(self._nodes):
+            if answers[self._raylets[node]] is False:
+                dead[rank] = "no Ray runs on its node any more"
+            elif self._silence[node] > self.patience:
+                silent.append(rank)
         for node, address in self._raylets.items():
-            try:
-                socket.create_connection(address, timeout=KNOCK).close()
-            except ConnectionRefusedError:
-                ranks = [rank for rank, on in enumerate(self._nodes) if on == node]
-                how = "no Ray runs on its node any more"
-                raise self._lost(dict.fromkeys(ranks, how)) from None
-            except OSError:  # whose actors do not answer then is found as any who is silent
-                return
+            unheard = min(elapsed, 2 * SLICE)  # nobody listened while nothing was asked
+            self._silence[node] = 0.0 if answers[address] else self._silence[node] + unheard
+        if dead or silent:
+            raise self._lost(dead, silent)
 
     def _lost(self, dead: Mapping[int, str], silent: Sequence[int] = ()) -> LostError:
         """Some actors died, how is told of each, and some did not say that they are alive."""
@@ -554,6 +572,31 @@ class RayRunner:
         names = ", ".join(self.job.topology.names[i] for i in self.packing[rank])
         node = f" on node {self._nodes[rank]}" if self._nodes else ""
         return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}{node}"
+
+
+def _knock(addresses: Iterable[str]) -> dict[str, bool | None]:
+    """Whether a raylet answers at each address; False if nobody is there, None if it is silent."""
+    with contextlib.ExitStack() as stack:
+        calls = {}
+        for address in set(addresses):
+            channel = grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)])
+            ask = stack.enter_context(channel).unary_unary("/grpc.health.v1.Health/Check")
+            calls[address] = ask.future(b"", timeout=KNOCK)
+        return {address: _is_there(address, call.code()) for address, call in calls.items()}
+
+
+def _is_there(address: str, answer: grpc.StatusCode) -> bool | None:
+    if answer is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return None
+    if answer is grpc.StatusCode.UNAVAILABLE:  # gone, or it speaks TLS
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return None
+    return True  # be it a refusal
 
 
 def _answered(calls: Iterable[Any], timeout: float) -> list[Any]:

@@ -27,6 +27,7 @@ from hdnn_dist.checkpoint import (
     checkpoint_folder,
     checkpoints,
     from_latest,
+    newest_step,
     read_absent,
     read_manifest,
     set_aside,
@@ -302,11 +303,12 @@ class Trainer:
         again = False
         while True:
             try:
-                job = self._wanted()
-                if again or job is not self.runner.job:
-                    self.runner.reform(job)
-                again = False
-                step = restore(self.runner, self.run) if checkpoints(self.run) else 0
+                job, step = self._wanted(), newest_step(self.run)
+                with _when(f"after step {step}"):
+                    if again or job is not self.runner.job:
+                        self.runner.reform(job)
+                    again = False
+                    step = restore(self.runner, self.run) if step else 0
                 if (summary := self._fit(step, restarts)) is not None:
                     return summary
             except LostError as error:
@@ -357,7 +359,8 @@ class Trainer:
             manifest = read_manifest(checkpoint_folder(self.run, step))
             before_us, took_part = manifest.totals, set(manifest.files)
         training_seconds, best = before_us.training_seconds, before_us.best_test_accuracy
-        started, sent = time.perf_counter(), self._sent()
+        with _when(f"after step {step}"):
+            started, sent = time.perf_counter(), self._sent()
 
         def totals() -> Totals:
             return Totals(
@@ -385,7 +388,8 @@ class Trainer:
         self._tell("started", runner, step)
         if took_part != (now := set(job.topology.names)):
             self._tell("regrouped", step, sorted(took_part - now), sorted(now - took_part))
-            evaluation = runner.evaluate()
+            with _when(f"after step {step}"):
+                evaluation = runner.evaluate()
             self._tell("evaluated", step, step // per_epoch, evaluation)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
@@ -416,7 +420,8 @@ class Trainer:
                     if not ends and self._wanted() is not job:
                         return None
         if evaluation is None:  # all steps were taken, but the summary is not there
-            evaluation = runner.evaluate()
+            with _when(f"after step {step}"):
+                evaluation = runner.evaluate()
             best = max(best, evaluation.accuracy)
         summary = Summary(
             run=str(self.run),

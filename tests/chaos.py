@@ -1,6 +1,6 @@
 """Kill or stop random actors, processes and machines of a job; compare it to an undisturbed one.
 
-    python -m tests.chaos --kills 24 --seed 0
+    python -m tests.chaos --kills 30 --seed 0
 
 Four raylets on this machine; a line a loss, and one of JSON in the end.
 """
@@ -127,7 +127,7 @@ def spans(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
 def main() -> None:
     """Run, compare and print."""
     parser = argparse.ArgumentParser(description="kill parts of a job at random")
-    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=60)
     o = parser.parse_args()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -46,7 +47,7 @@ SETTINGS = (
 def kill(kills: int, seed: int) -> dict[str, Any]:
     """What `tests.chaos` found, in a process of its own: this one may have joined a Ray already."""
     command = [sys.executable, "-m", "tests.chaos", "--kills", str(kills), "--seed", str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2100)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["equal"], "the weights are not those of a quiet run"
@@ -65,9 +66,9 @@ def test_a_run_that_loses_a_machine_and_a_process_has_the_weights_of_a_quiet_one
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1800)
-def test_so_has_one_that_loses_twenty_four_of_every_kind() -> None:
-    assert kill(24, seed=0)["kills"] == dict.fromkeys(DEATHS + STOPS, 4)
+@pytest.mark.timeout(2400)
+def test_so_has_one_with_twenty_deaths_and_ten_stops() -> None:
+    assert kill(30, seed=0)["kills"] == dict.fromkeys(DEATHS + STOPS, 5)
 
 
 def same_weights(run: Path, quiet: Path) -> bool:
@@ -158,6 +159,61 @@ def test_a_run_goes_on_with_the_machines_that_are_left_or_says_that_there_are_no
     tmp_path: Path,
 ) -> None:
     apart(go_on_with_fewer_machines, tmp_path)
+
+
+def lose_machines_while_the_group_forms(folder: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(4)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    kinds = ["stopped machine", "machine", "raylet"]
+    told: list[tuple[str, float, str]] = []
+    struck: list[psutil.Process] = []
+    form = RayRunner._form
+
+    def strike(kind: str) -> None:
+        [raylet] = nodes.pop().all_processes["raylet"]
+        top = psutil.Process(raylet.process.pid)
+        for process in [top] if kind == "raylet" else [top, *top.children(recursive=True)]:
+            struck.append(process)
+            process.send_signal(signal.SIGSTOP if kind in STOPS else signal.SIGKILL)
+
+    def form_but(runner: RayRunner) -> None:
+        if not kinds:
+            return form(runner)
+        kind, start = kinds.pop(), time.monotonic() + 1
+        timer = threading.Timer(1, strike, (kind,))
+        timer.start()
+        try:
+            form(runner)
+            raise AssertionError(f"formed in spite of it: {kind}")
+        except LostError as error:
+            told.append((kind, time.monotonic() - start, str(error)))
+            raise
+        finally:
+            timer.join()
+
+    RayRunner._form = form_but  # type: ignore[method-assign]
+    summary = hdnn_dist.train(Job.load(None, [*SETTINGS]), run=folder / "run")
+    assert summary.placement.endswith("1 Ray actor, 1 node")
+    for kind, seconds, cause in told:
+        assert re.match(r"the actor of agents? .+ on node \S+ \(\w{8}\) (died|did not)", cause), (
+            cause
+        )
+        assert ("did not answer" in cause) == (kind in STOPS), cause
+        assert seconds < (TIMEOUT if kind in STOPS else 10), (kind, seconds)
+    assert len(told) == 3
+    ray.shutdown()
+    for process in struck:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    cluster.shutdown()
+    assert same_weights(folder / "run", folder / "quiet")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_machines_that_are_lost_while_the_group_forms_are_named_in_time(tmp_path: Path) -> None:
+    apart(lose_machines_while_the_group_forms, tmp_path)
 
 
 def ip(*arguments: str) -> None:

@@ -210,7 +210,7 @@ def test_a_stopped_actor_is_named_and_not_those_who_wait_for_it(path: RayRunner)
             path.train(10**6)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 1 + 5
 
 
 def test_a_stopped_actor_that_nobody_waits_for_is_noticed() -> None:
@@ -218,9 +218,11 @@ def test_a_stopped_actor_that_nobody_waits_for_is_noticed() -> None:
     runner = RayRunner(job)
     pid = ray.get(runner._actors[0].__ray_call__.remote(lambda _: os.getpid()))
     os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
     try:
         with pytest.raises(LostError, match=r"a1, .*a8 on node \S+ \(\w{8}\) did not answer"):
             runner.train(10**6)
+        assert time.monotonic() - started < 5
     finally:
         os.kill(pid, signal.SIGCONT)
         runner.close()
