@@ -32,6 +32,8 @@ from hdnn_dist.job import Job
 from hdnn_dist.node import AgentNode, Exchange
 from hdnn_dist.optimization import build_optimizer, fits, learning_rate
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -89,15 +91,25 @@ class Agent:
     Args:
         job: the job.
         i: which agent.
+        share: of a step's batch, what this copy of the agent takes; default: all of it.
+        device: where weights and states are. Data stay in the host's memory, batches are moved.
     """
 
-    def __init__(self, job: Job, i: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        i: int,
+        share: slice | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self.job, self.i, self.name = job, i, job.topology.names[i]
+        self.device = device
+        self.share = slice(0, job.batch) if share is None else share
         self.view = job.views[i]
         self.is_root = i == job.root
         architecture = job.architecture
         self.weights = {
-            name: nn.Parameter(value, requires_grad=name not in architecture.constants)
+            name: nn.Parameter(value.to(device), requires_grad=name not in architecture.constants)
             for name, value in architecture.initial(i, job.dtype).items()
         }
         # The node works in place on the parameters' storage; the optimiser sees its gradients.
@@ -117,7 +129,12 @@ class Agent:
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
         self.fault: Fault | None = None  # of the last step
-        self.gradient_squares = torch.empty(0)  # own ‖∂loss/∂y_j‖², at the last step of an epoch
+        # Of own share of the step under way; always in the same memory, as are gradients:
+        self._first_state: int | None = None  # that is not finite
+        layers = architecture.patterns.layers
+        self._norms = torch.zeros(layers + 1, dtype=torch.float64, device=device)  # ‖∂loss/∂y_j‖
+        self.tally = torch.zeros(2, dtype=job.dtype, device=device)  # loss, right ones: the root's
+        self.gradient_squares = torch.empty(0)  # of own rows, at the last step of an epoch
 
     # --- data: own columns, and at the root the labels -----------------------------------------
 
@@ -147,46 +164,83 @@ class Agent:
         return self._labels[part]
 
     def _batch(self, step: int) -> Tensor:
-        """Indices of the samples of a step (from 0): the same on every agent, from the seed."""
+        """Indices of own share of a step (from 0): the same on every agent, from the seed."""
         epoch, k = divmod(step, self.job.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             order = epoch_order(self.job.spec.training.seed, epoch, self.job.data.train)
             self._order = epoch, torch.from_numpy(order)
-        return self._order[1][k * self.job.batch : (k + 1) * self.job.batch]
+        return self._order[1][k * self.job.batch : (k + 1) * self.job.batch][self.share]
 
     def _inputs(self, step: int, index: Tensor) -> Tensor:
-        """Own part of a batch, distorted or shifted if the spec says so, as columns `(F_i, B)`."""
+        """Own part of a batch as columns `(F_i, B)`, distorted or shifted if the spec says so."""
         training, name = self.job.spec.training, self.job.spec.data.name
         if self._distortion is not None:
             images = torch.from_numpy(load_images(self.job.spec.data, "train"))[index]
-            part = self._distortion(images, training.seed, step)
-            return torch.from_numpy(scaled(name, part.numpy())).to(self.job.dtype).T
+            place = self.share.start, self.job.batch
+            part = self._distortion(images, training.seed, step, *place)
+            x = torch.from_numpy(scaled(name, part.numpy())).to(self.job.dtype)
+            return x.T.to(self.device)
         x = self.features("train")[index]
         if training.shift and self.view.image is not None:
-            moves = shifts(training.seed, step, len(index), training.shift)
+            moves = shifts(training.seed, step, self.job.batch, training.shift)[self.share]
             fill = background(name)
             x = torch.from_numpy(shift_images(x.numpy(), self.view.image, moves, fill))
-        return x.T
+        return x.T.to(self.device)
+
+    def draw(self, step: int) -> list[Tensor]:
+        """Own share of a step, which counts from 0: inputs, and at the root the classes `(B,)`."""
+        index = self._batch(step)
+        drawn = [self._inputs(step, index)]
+        return [*drawn, self.labels("train")[index].to(self.device)] if self.is_root else drawn
 
     # --- what an agent does --------------------------------------------------------------------
 
-    def train_step(self, step: int) -> Exchange[StepResult | None]:
-        """Forward, loss at the root, backward, local optimiser step. `step` counts from 0.
+    def differentiate(self, step: int) -> Exchange[None]:
+        """Forward, loss at the root, backward, on own share of a step, which counts from 0.
+
+        What it leaves in `summands` is to be summed over the copies of the agent before `update`.
+        """
+        yield from self.propagate(*self.draw(step), watch=True)
+        if self._first_state is not None:  # other copies are to know, whatever the gradients are
+            for gradient in self.node.gradients.values():
+                gradient.fill_(math.nan)
+
+    def propagate(
+        self, x_FB: Tensor, labels_B: Tensor | None = None, *, watch: bool = False
+    ) -> Exchange[None]:
+        """As `differentiate`, of what `draw` has drawn; never waits for the device by itself.
+
+        Args:
+            x_FB: own inputs.
+            labels_B: the classes, at the root.
+            watch: whether to look for a state that is not finite, which does wait.
+        """
+        scores = yield from self.node.forward(x_FB)
+        if watch:
+            self._first_state = self.node.first_nonfinite_state()
+        scores_bar = None
+        if labels_B is not None:
+            loss, correct, scores_bar = cross_entropy(scores, labels_B)
+            scores_bar /= self.job.batch
+            self.tally[0], self.tally[1] = loss, correct
+        self._norms.copy_((yield from self.node.backward(scores_bar)))
+
+    @property
+    def summands(self) -> list[Tensor]:
+        """What the copies of an agent sum: their gradients, and at the root the tally."""
+        return [*self.node.gradients.values(), *[self.tally] * self.is_root]
+
+    def update(self, step: int) -> Exchange[StepResult | None]:
+        """Take the optimiser step that follows from the `summands` of the whole batch.
 
         An agent with a `fault` keeps its weights, and with `on_nonfinite: skip` all agents do.
         """
-        index = self._batch(step)
-        scores = yield from self.node.forward(self._inputs(step, index))
-        first_state = self.node.first_nonfinite_state()
-        loss, correct, scores_bar = 0.0, 0, None
-        if self.is_root:
-            loss, correct, scores_bar = cross_entropy(scores, self.labels("train")[index])
-            scores_bar /= len(index)
-        norms = yield from self.node.backward(scores_bar)
+        loss, correct = self.tally.tolist()
         if (step + 1) % self.job.steps_per_epoch == 0:
-            self.gradient_squares = norms.square()
+            self.gradient_squares = self._norms.square().cpu()
         self._regularise()
-        self.fault = self._find_fault(step, first_state, norms)
+        self.fault = self._find_fault(step, self._first_state, self._norms)
+        self._first_state = None
         if self.fault is None and not math.isfinite(loss):
             after_layers = self.job.architecture.patterns.layers + 0.5
             self.fault = Fault(step + 1, after_layers, self.name, "the loss")
@@ -199,7 +253,7 @@ class Agent:
             self.optimizer.step()
         if not self.is_root:
             return None
-        return StepResult(step + 1, loss / len(index), correct, len(index), lr, norm)
+        return StepResult(step + 1, loss / self.job.batch, int(correct), self.job.batch, lr, norm)
 
     def _find_fault(self, step: int, first_state: int | None, norms: Tensor) -> Fault | None:
         """The first number of a step that is not finite, given the cotangents' norms."""
@@ -219,16 +273,18 @@ class Agent:
 
     def evaluate(self, part: Part, start: int, stop: int) -> Exchange[tuple[float, int] | None]:
         """Summed loss and number of right answers over some samples; None but at the root."""
-        scores = yield from self.node.forward(self.features(part)[start:stop].T)
+        x_FB = self.features(part)[start:stop].T.to(self.device)
+        scores = yield from self.node.forward(x_FB)
         if not self.is_root:
             return None
-        loss, correct, _ = cross_entropy(scores, self.labels(part)[start:stop])
-        return loss, correct
+        labels_B = self.labels(part)[start:stop].to(self.device)
+        loss, correct, _ = cross_entropy(scores, labels_B)
+        return loss.item(), int(correct)
 
     def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:
         """Class probabilities `(B, C)` of own features of a batch; None but at the root."""
-        scores = yield from self.node.forward(x_BF.to(self.job.dtype).T)
-        return scores.T.softmax(1).numpy() if self.is_root else None
+        scores = yield from self.node.forward(x_BF.to(self.device, self.job.dtype).T)
+        return scores.T.softmax(1).cpu().numpy() if self.is_root else None
 
     def sensitivities(self, x_BF: Tensor, V: Tensor) -> Exchange[Sums]:
         """Own part of what the analysis of the run sums (see `hdnn_dist.analysis`).
@@ -241,9 +297,10 @@ class Agent:
         """
         node, architecture = self.node, self.job.architecture
         r, layers = V.shape[1], architecture.patterns.layers
-        own = V[architecture.stacked((self.i,), whole=True)].to(self.job.dtype)  # (2d, r)
+        own = V[architecture.stacked((self.i,), whole=True)]  # (2d, r)
+        own = own.to(self.device, self.job.dtype)
         grams, forms, energies = [], [], []
-        for x_F in x_BF.to(self.job.dtype):
+        for x_F in x_BF.to(self.device, self.job.dtype):
             node.forget()
             energy, states = [], []
             y = node.encode(x_F[:, None].expand(-1, r))
@@ -267,15 +324,15 @@ class Agent:
         blocks = dict.fromkeys(architecture.member.matrices, patterns.K.rows[self.i])
         blocks |= dict.fromkeys(architecture.coupling, patterns.R.rows[self.i])
         return Sums(
-            torch.stack(grams, 1),
-            torch.stack(forms, 1),
-            torch.stack(energies, 1),
+            torch.stack(grams, 1).cpu(),
+            torch.stack(forms, 1).cpu(),
+            torch.stack(energies, 1).cpu(),
             {name: self._block_norms(name, row) for name, row in blocks.items()},
         )
 
     def _block_norms(self, name: str, row: Sequence[int]) -> Tensor:
         """`‖W[i, l]‖` in row `i` of an otherwise empty `(N, agents, agents)`."""
-        architecture, weight = self.job.architecture, self.node.weights[name].double()
+        architecture, weight = self.job.architecture, self.node.weights[name].double().cpu()
         layers, agents = architecture.patterns.layers, len(architecture.names)
         norms = torch.zeros(layers, agents, agents, dtype=torch.float64)
         columns = weight.split([architecture.sizes[l] for l in row], -1)
@@ -356,7 +413,9 @@ class Agent:
         for name, weight in self.weights.items():
             prefix = f"optimizer/{name}/"
             state = {
-                k[len(prefix) :]: v.clone() for k, v in tensors.items() if k.startswith(prefix)
+                k[len(prefix) :]: v.to(self.device, copy=True)
+                for k, v in tensors.items()
+                if k.startswith(prefix)
             }
             if not fits(state, weight, self.job.spec.training.optimizer):
                 raise CheckpointError(
@@ -381,17 +440,17 @@ class Agent:
         has_neighbours = name in (*architecture.member.matrices, *architecture.coupling)
         if not has_neighbours or value.dim() < 2:  # an optimiser's count of steps has no columns
             return value
-        weight = self.weights[name].detach()
+        weight = self.weights[name].detach().cpu()
         carried = weight.clone() if kind == "weights" else torch.zeros_like(weight)
         here, there = architecture.common_columns(self.i, name, writer)
         carried[..., here] = value[..., there]
         return carried
 
 
-def cross_entropy(scores_CB: Tensor, labels_B: Tensor) -> tuple[float, int, Tensor]:
+def cross_entropy(scores_CB: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, number of right answers, and `∂(summed loss)/∂scores = softmax - onehot`."""
     log_p = scores_CB.log_softmax(0)
     loss = F.nll_loss(log_p.T, labels_B, reduction="sum")
     bar = log_p.exp()
-    bar[labels_B, torch.arange(len(labels_B))] -= 1
-    return loss.item(), int((scores_CB.argmax(0) == labels_B).sum()), bar
+    bar[labels_B, torch.arange(len(labels_B), device=bar.device)] -= 1
+    return loss, (scores_CB.argmax(0) == labels_B).sum(), bar

@@ -287,11 +287,18 @@ class Architecture:
 
         return positions(here), positions(there)
 
-    def count(self, i: int) -> int:
-        """How many numbers agent `i` trains."""
+    def count(self, i: int, zeros: bool = False) -> int:
+        """How many numbers agent `i` trains.
+
+        Args:
+            i: the agent.
+            zeros: whether to count those too that are stored among them and stay zero: the rest of
+                a triangle, and where other layers have an edge.
+        """
         d, C, rows = self.patterns.sizes[i], self.classes, self.sizes[i]
-        entries = sum(sum(self.sizes[l] for l in T.rows[i]) for T in self.patterns.T) * rows
-        if self.member.upper:  # the own block is so too
+        graphs = [self.patterns.K] * self.patterns.layers if zeros else self.patterns.T
+        entries = sum(sum(self.sizes[l] for l in T.rows[i]) for T in graphs) * rows
+        if self.member.upper and not zeros:  # the own block is so too
             entries -= self.patterns.layers * rows * (rows + 1) // 2
         total = len(self.member.matrices) * entries
         total += len(self.member.vectors) * self.patterns.layers * rows

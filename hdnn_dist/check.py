@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hdnn_dist.console import size
+from hdnn_dist.data import share
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Node, assign, demands, hosts, pack
@@ -76,9 +77,13 @@ class LinkReport:
 
 @dataclass(frozen=True)
 class ActorReport:
-    """An actor: its agents, what it asks for, and a node that has it (None: no node is left)."""
+    """An actor: its agents, what it asks for, and a node that has it (None: no node is left).
+
+    `copy` is the number of the copy of the agents that it is in.
+    """
 
     agents: tuple[str, ...]
+    copy: int
     resources: dict[str, float]
     labels: dict[str, str]
     node: str | None
@@ -112,6 +117,8 @@ class Report:
         layers_to_cross: until everybody's state depends on everybody's input; None for never.
         root: the agent that holds the labels.
         tree_depth: hops that the scores travel to it.
+        replicas: copies of all agents.
+        shares: samples of a step that each copy takes.
         actors, nodes: the placement, tried out on the nodes.
         crossing_links, crossing_bytes: of the traffic, what passes between actors.
         warnings: what will not work well.
@@ -142,6 +149,8 @@ class Report:
     layers_to_cross: int | None
     root: str
     tree_depth: int
+    replicas: int
+    shares: tuple[int, ...]
     actors: tuple[ActorReport, ...]
     nodes: tuple[Node, ...]
     crossing_links: int
@@ -166,11 +175,13 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
     topology, architecture, plan = job.topology, job.architecture, job.plan
     patterns, names, M = architecture.patterns, topology.names, len(topology.agents)
     cores = sum(node.resources.get("CPU", 0.0) for node in nodes)
-    packing = pack(topology, job.spec.cluster, int(cores))
+    copies = job.spec.cluster.replicas
+    packing = pack(topology, job.spec.cluster, int(cores) // copies)
     host = hosts(packing)
-    wanted = demands(topology, packing, cores)
+    wanted = demands(topology, packing * copies, cores)
     places = assign(wanted, nodes)
-    sent = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize)
+    sent = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize, copies)
+    shares = [share(job.batch, copy, copies) for copy in range(copies)]
     traffic = tuple(
         LinkReport(names[source], names[target], amount)
         for (source, target), amount in sorted(sent.items())
@@ -218,14 +229,19 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         layers_to_cross=patterns.layers_to_cross() if examined else None,
         root=names[job.root],
         tree_depth=len(architecture.tree.levels),
+        replicas=copies,
+        shares=tuple(taken.stop - taken.start for taken in shares),
         actors=tuple(
             ActorReport(
                 tuple(names[i] for i in agents),
+                k // len(packing),
                 demand.resources,
                 demand.labels,
                 None if place is None else nodes[place].name,
             )
-            for agents, demand, place in zip(packing, wanted, places, strict=True)
+            for k, (agents, demand, place) in enumerate(
+                zip(packing * copies, wanted, places, strict=True)
+            )
         ),
         nodes=tuple(nodes),
         crossing_links=len(crossing),
@@ -269,16 +285,22 @@ def _step(job: Job) -> Iterator[Phase]:
     plan = job.plan
     scores = len([phase for phase in plan.collect if phase.messages])
     forward, backward = plan.forward, plan.backward
-    norm = plan.training_step[len(forward) + len(backward) :]
     yield _phase(job, "layers forward", forward[: len(forward) - scores])
     yield _phase(job, "scores to the root", forward[len(forward) - scores :])
     yield _phase(job, "their cotangent back", backward[:scores])
     yield _phase(job, "layers backward", backward[scores:])
-    yield _phase(job, "norm of the gradient", norm)
+    if (copies := job.spec.cluster.replicas) > 1:
+        # A ring among the copies of an actor: 2 (R - 1) messages one after the other, in which
+        # every number is sent as often. The root adds the loss and the right answers.
+        agents = range(len(job.topology.agents))
+        numbers = 2 + sum(job.architecture.count(i, zeros=True) for i in agents)
+        turns = 2 * (copies - 1)
+        yield Phase("sums over the copies", turns, turns * numbers * job.dtype.itemsize)
+    yield _phase(job, "norm of the gradient", plan.clipping)
 
 
 def _phase(job: Job, name: str, rounds: Sequence[Round]) -> Phase:
-    moved = job.plan.traffic(rounds, job.batch, job.dtype.itemsize)
+    moved = job.plan.traffic(rounds, job.batch, job.dtype.itemsize, job.spec.cluster.replicas)
     return Phase(name, len(rounds), sum(moved.values()))
 
 
@@ -362,9 +384,13 @@ def _graph_section(report: Report) -> Iterator[RenderableType]:
     if report.spectral_gap is not None:
         text += f", spectral gap {report.spectral_gap:.4f}"
     yield Text(text)
-    share = report.parameters / report.dense_parameters
+    if report.replicas > 1:
+        least, most = min(report.shares), max(report.shares)
+        samples = f"{most}" if least == most else f"{least} or {most}"
+        yield Text(f"{report.replicas} copies of all agents, {samples} samples a step each")
+    part = report.parameters / report.dense_parameters
     yield Text(
-        f"{report.parameters:,} parameters, {share:.1%} of the {report.dense_parameters:,} of the "
+        f"{report.parameters:,} parameters, {part:.1%} of the {report.dense_parameters:,} of the "
         "dense model"
     )
     table = _table("agent", "d", "features", "parameters", "actor", "asks for")
@@ -432,11 +458,13 @@ def _step_section(report: Report) -> Iterator[RenderableType]:
 
 
 def _placement_section(report: Report) -> Iterator[RenderableType]:
-    table = _table("actor", "agents", "asks for", "node")
+    copies = ["copy"] if report.replicas > 1 else []
+    table = _table("actor", *copies, "agents", "asks for", "node")
     for k, actor in enumerate(report.actors[:LISTED]):
         asks = [f"{amount:g} {name}" for name, amount in actor.resources.items()]
         asks += [f"{key}={value}" for key, value in actor.labels.items()]
-        table.add_row(str(k), _few(actor.agents), ", ".join(asks), actor.node or "none")
+        copy = [str(actor.copy)] if report.replicas > 1 else []
+        table.add_row(str(k), *copy, _few(actor.agents), ", ".join(asks), actor.node or "none")
     yield table
     yield from _rest(len(report.actors), "actors")
     for node in report.nodes:

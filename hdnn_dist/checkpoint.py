@@ -99,10 +99,11 @@ def agent_file(folder: Place, name: str) -> Place:
     return folder / f"{name}.safetensors"
 
 
-def save_agent(folder: Place, name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Write one agent's tensors and return the SHA-256 of the file."""
+def save_agent(folder: Place | None, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write one agent's tensors, if a folder is given, and return the SHA-256 of the file."""
     content = save({key: value.contiguous() for key, value in tensors.items()})
-    write(agent_file(folder, name), content)
+    if folder is not None:
+        write(agent_file(folder, name), content)
     return hashlib.sha256(content).hexdigest()
 
 

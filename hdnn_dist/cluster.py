@@ -56,10 +56,11 @@ from hdnn_dist.errors import (
 )
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Demand, Node, Packing, address_of, assign, demands, hosts, pack
+from hdnn_dist.replicas import Replicas
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
-from hdnn_dist.transport import InProcess, PointToPoint
-from hdnn_dist.worker import PARTS, Times, Worker
+from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
+from hdnn_dist.worker import PARTS, Times, Worker, device_of
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
@@ -77,6 +78,7 @@ class AgentActor:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._store: dist.TCPStore | None = None
+        self._replicas = Replicas()
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
@@ -97,8 +99,13 @@ class AgentActor:
         )
         return address, port
 
-    def join(self, meeting: tuple[str, int], rank: int, size: int, timeout: float) -> None:
-        """Become `rank` of a torch.distributed group of `size`; leave the one before, if any."""
+    def join(
+        self, meeting: tuple[str, int], rank: int, size: int, timeout: float, copies: int = 1
+    ) -> None:
+        """Become `rank` of a torch.distributed group of `size`; leave the one before, if any.
+
+        With several copies of the agents, the ranks of each follow those of the one before.
+        """
         self.leave()
         limit = datetime.timedelta(seconds=timeout)
         if "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -117,9 +124,16 @@ class AgentActor:
                 f"unset {TLS} and encrypt the links with WireGuard (deploy/wireguard), or install "
                 "a torch whose gloo was built with TLS",
             ) from None
+        if copies > 1:
+            actors = size // copies
+            group = dist.new_group(
+                range(rank % actors, size, actors), limit, use_local_synchronization=True
+            )
+            self._replicas = Replicas(rank // actors, copies, group)
 
     def leave(self) -> None:
         """Leave the group."""
+        self._replicas = Replicas()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -130,12 +144,14 @@ class AgentActor:
         torch.set_num_threads(spec.cluster.threads or 1)
         job = Job.of(spec).without(absent)
         common = job.architecture.patterns.S, job.topology.names, job.dtype
-        transport = (
-            InProcess(*common)
-            if len(packing) == 1
-            else PointToPoint(*common, hosts(packing), job.digest)
-        )
-        self._worker = Worker(job, agents, transport)
+        first = self._replicas.copy * len(packing)  # rank of this copy of the agents
+        device = device_of(job, agents)
+        transport: Transport = InProcess(*common)
+        if len(packing) > 1:
+            ranks = [first + rank for rank in hosts(packing)]
+            wired = PointToPoint(*common, ranks, job.digest)
+            transport = wired if device.type == "cpu" else Staged(wired, device)
+        self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()
         return job.digest
 
@@ -298,7 +314,8 @@ class RayRunner:
                 raise PlacementError(
                     _shortage(wanted, self.timeout),
                     "give the job fewer or smaller "
-                    "agents, pack them (cluster.agents_per_actor: auto), or add machines",
+                    "agents or fewer cluster.replicas, pack them (cluster.agents_per_actor: "
+                    "auto), or add machines",
                 )
         for k, demand in enumerate(wanted):
             custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
@@ -344,10 +361,11 @@ class RayRunner:
         return wanted
 
     def _wanted(self, nodes: Sequence[dict[str, Any]]) -> tuple[Packing, Sequence[Demand]]:
-        """Who shares an actor on these machines, and what the actors ask for."""
+        """Who shares an actor on these machines, in each copy, and what all actors ask for."""
         cores = sum(node["Resources"].get("CPU", 0) for node in nodes)
-        packing = pack(self.job.topology, self.job.spec.cluster, int(cores))
-        return packing, demands(self.job.topology, packing, cores)
+        copies = self.job.spec.cluster.replicas
+        packing = pack(self.job.topology, self.job.spec.cluster, int(cores) // copies)
+        return packing, demands(self.job.topology, packing * copies, cores)
 
     def _fits(self, nodes: Sequence[dict[str, Any]]) -> bool:
         """Whether these machines could hold the actors, if nobody else used them."""
@@ -362,16 +380,19 @@ class RayRunner:
         self._starting = False
         first_on_node = [self._nodes.index(node) for node in dict.fromkeys(self._nodes)]
         self._ask([(rank, "prepare", (self.job.spec,)) for rank in first_on_node])
-        size = len(self._actors)
+        size, copies = len(self._actors), self.job.spec.cluster.replicas
         if size > 1:
             [meeting] = self._ask([(0, "open_store", (self.patience,))])
             self._ask(
-                [(rank, "join", (meeting, rank, size, self.patience)) for rank in range(size)]
+                [
+                    (rank, "join", (meeting, rank, size, self.patience, copies))
+                    for rank in range(size)
+                ]
             )
         digests = self._ask(
             [
-                (rank, "host", (self.job.spec, self.packing[rank], self.packing, self.job.absent))
-                for rank in range(size)
+                (rank, "host", (self.job.spec, agents, self.packing, self.job.absent))
+                for rank, agents in enumerate(self.packing * copies)
             ]
         )
         for rank, digest in enumerate(digests):
@@ -384,27 +405,29 @@ class RayRunner:
     def describe(self) -> str:
         """See `Runner`; so too below."""
         actors, nodes = len(self._actors), len(set(self._nodes))
-        agents = len(self.job.topology.agents)
+        agents, copies = len(self.job.topology.agents), self.job.spec.cluster.replicas
         return (
-            f"{agents} agents on {actors} Ray actor{'s' * (actors > 1)}, "
-            f"{nodes} node{'s' * (nodes > 1)}"
+            f"{agents} agents{f', {copies} copies of each,' * (copies > 1)} "
+            f"on {actors} Ray actor{'s' * (actors > 1)}, {nodes} node{'s' * (nodes > 1)}"
         )
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
-        return [result for results in self._all("train", steps) for result in results]
+        answers = self._all("train", steps)[: len(self.packing)]  # the same in all copies
+        return [result for results in answers for result in results]
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return [fault for faults in self._all("faults") for fault in faults]
 
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
-        evaluation: Evaluation = _only(self._all("evaluate", part))
+        answers = self._all("evaluate", part)[: len(self.packing)]  # the same in all copies
+        evaluation: Evaluation = _only(answers)
         return evaluation
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102
         if source not in PARTS:  # actors work elsewhere
             source = os.path.abspath(source)
-        probabilities: np.ndarray = _only(self._all("predict", source))
-        return probabilities
+        shares = [share for share in self._all("predict", source) if share is not None]
+        return np.concatenate(shares)
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return sum(self._all("sent"), Counter())
@@ -420,13 +443,22 @@ class RayRunner:
         return squares
 
     def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
-        sums: Sums = reduce(operator.add, self._all("sensitivities", samples, V))
+        ranks = range(len(self.packing))  # of one copy
+        calls = [(rank, "sensitivities", (samples, V)) for rank in ranks]
+        sums: Sums = reduce(operator.add, self._ask(calls))
         return sums
 
     def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
-        return {
-            name: sha for part in self._all("save", folder.absolute()) for name, sha in part.items()
-        }
+        saved: dict[str, str] = {}
+        for rank, part in enumerate(self._all("save", folder.absolute())):
+            for name, sha in part.items():
+                if saved.setdefault(name, sha) != sha:
+                    raise AgreementError(
+                        f"{self._who(rank)} has another state of {name} than the first copy: one "
+                        "computes wrongly, or their machines round differently; let copies be on "
+                        "machines of one kind, or set cluster.replicas to 1"
+                    )
+        return saved
 
     def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
         self._all("load", folder.absolute(), manifest)
@@ -532,8 +564,8 @@ class RayRunner:
         if silent:
             who = " and ".join(map(self._who, silent))
             problems.append(f"{who} did not answer: its process is stopped, or its network is cut")
-        names = [self.job.topology.names[i] for rank in ranks for i in self.packing[rank]]
-        return LostError("; ".join(problems), names)
+        lost = {i for rank in ranks for i in self.packing[rank % len(self.packing)]}
+        return LostError("; ".join(problems), [self.job.topology.names[i] for i in sorted(lost)])
 
     def _diagnosis(self, failed: dict[int, RayError], pending: dict[Any, int]) -> HdnnError:
         """The cause of a failure, which the one who told of it first need not know.
@@ -569,9 +601,11 @@ class RayRunner:
         return TransportError(f"{self._who(rank)}: {cause}")
 
     def _who(self, rank: int) -> str:
-        names = ", ".join(self.job.topology.names[i] for i in self.packing[rank])
+        copy, k = divmod(rank, len(self.packing))
+        names = ", ".join(self.job.topology.names[i] for i in self.packing[k])
+        which = f" (copy {copy + 1})" if self.job.spec.cluster.replicas > 1 else ""
         node = f" on node {self._nodes[rank]}" if self._nodes else ""
-        return f"the actor of agent{'s' * (len(self.packing[rank]) > 1)} {names}{node}"
+        return f"the actor of agent{'s' * (len(self.packing[k]) > 1)} {names}{which}{node}"
 
 
 def _knock(addresses: Iterable[str]) -> dict[str, bool | None]:

@@ -42,6 +42,7 @@ __all__ = [
     "load_rows",
     "locate_mnist",
     "scaled",
+    "share",
     "shift_images",
     "shifts",
     "split_features",
@@ -395,6 +396,11 @@ def generator(seed: int, count: int, use: int) -> np.random.Generator:
 def epoch_order(seed: int, epoch: int, n: int) -> Ints:
     """The order of the n samples in an epoch: a permutation, the same on every agent."""
     return generator(seed, epoch, use=0).permutation(n)
+
+
+def share(samples: int, copy: int, copies: int) -> slice:
+    """Which samples of a batch or a set one of several copies takes: runs as even as can be."""
+    return slice(samples * copy // copies, samples * (copy + 1) // copies)
 
 
 def shifts(seed: int, step: int, batch: int, limit: int) -> Ints:

@@ -55,7 +55,9 @@ class Distortion:
         bumps = (down[:, None] * across[None]).flatten(0, 1)
         return F.normalize(bumps, dim=0)
 
-    def __call__(self, images: Tensor, seed: int, step: int) -> Tensor:
+    def __call__(
+        self, images: Tensor, seed: int, step: int, first: int = 0, batch: int | None = None
+    ) -> Tensor:
         """Own pixels of the distorted images of a step, on the scale of the images, `(B, F)`.
 
         Between pixels images are bilinear, and outside they are black.
@@ -64,10 +66,13 @@ class Distortion:
             images: the samples of the step, `(B, height · width)`, of any type.
             seed: chooses the maps, together with the step.
             step: from 0.
+            first: which sample of the step the first image is.
+            batch: samples of the step; default: these alone.
         """
         height, width = self.image
-        coefficients = _coefficients(self.spec, self.image, seed, step, len(images))
-        u_B2F = coefficients @ self._functions_PF
+        samples = len(images) if batch is None else batch
+        coefficients = _coefficients(self.spec, self.image, seed, step, samples)
+        u_B2F = coefficients[first : first + len(images)] @ self._functions_PF
         at = (self._x_2F + u_B2F) / (torch.tensor(self.image) / 2)[:, None]
         grid = at.flip(1).mT[:, None]  # (B, 1, F, 2): right, down; from -1 to 1
         planes = images.reshape(-1, 1, height, width).float()

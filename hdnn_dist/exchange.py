@@ -220,10 +220,20 @@ class Plan:
         return tuple(rounds)
 
     @cached_property
+    def differentiation(self) -> tuple[Round, ...]:
+        """The rounds from the inputs to the gradients."""
+        return (*self.forward, *self.backward)
+
+    @cached_property
+    def clipping(self) -> tuple[Round, ...]:
+        """The rounds that tell everybody the norm of all gradients, if it is asked for."""
+        norm = _run(*self.norm)
+        return (*norm, *(phase.adjoint for phase in reversed(norm)))
+
+    @cached_property
     def training_step(self) -> tuple[Round, ...]:
         """Every round of one optimiser step, in the order in which it runs."""
-        norm = _run(*self.norm)
-        return (*self.forward, *self.backward, *norm, *(r.adjoint for r in reversed(norm)))
+        return (*self.differentiation, *self.clipping)
 
     def analysis(self, energy: bool) -> tuple[Round, ...]:
         """The rounds of the analysis of one sample: `J M` of each cotangent, and the energies."""
@@ -243,13 +253,21 @@ class Plan:
         return _grouped((i, phase) for phase in self.norm for i in phase.agents)
 
     def traffic(
-        self, rounds: Iterable[Round], batch: int, itemsize: int
+        self, rounds: Iterable[Round], batch: int, itemsize: int, copies: int = 1
     ) -> dict[tuple[int, int], int]:
-        """Bytes from agent to agent that the given rounds move."""
+        """Bytes from agent to agent that the given rounds move.
+
+        Args:
+            rounds: of the plan.
+            batch: samples in all.
+            itemsize: bytes a number.
+            copies: of the agents, which share the samples.
+        """
         sent: dict[tuple[int, int], int] = {}
         for phase, times in Counter(rounds).items():
             for m in phase.messages:
-                size = m.rows * phase.columns(batch) * itemsize * times
+                columns = batch if phase.per_sample else copies
+                size = m.rows * columns * itemsize * times
                 sent[m.source, m.target] = sent.get((m.source, m.target), 0) + size
         return sent
 

@@ -110,6 +110,13 @@ class Job:
                 f"stay within {MAX_BLOCKS}: use fewer layers, agents or edges",
             )
         data = describe(spec.data)
+        batch, copies = min(spec.training.batch_size, data.train), spec.cluster.replicas
+        if copies > batch:
+            raise SpecError(
+                ("cluster", "replicas"),
+                f"{copies} copies cannot share a batch of {batch} samples",
+                f"use at most {batch}, or a larger training.batch_size",
+            )
         views = split_features(spec.data, data, topology.names)
         readers, tree = _readout(spec, topology)
         _check_distortion(spec, data)

@@ -75,7 +75,8 @@ class AgentNode:
         architecture: the network.
         plan: its rounds.
         i: which agent this is.
-        weights: agent `i`'s part of the weights (see `hdnn_dist.architecture`); used in place.
+        weights: agent `i`'s part of the weights (see `hdnn_dist.architecture`); used in place, on
+            the device that they are on.
 
     Attributes:
         gradients: `∂loss/∂weight` by name, overwritten by every `backward`.
@@ -106,20 +107,18 @@ class AgentNode:
                 rows[phase] = BlockRow(i, T, architecture.sizes, phase)
         self.rows = [rows[phase] for phase in plan.states]
         self.mix = BlockRow(i, patterns.R, architecture.sizes, plan.mix)
-        # Columns of each layer's K within those kept, where graphs per layer keep fewer.
-        mask = architecture.mask(i)
-        columns = mask.any(1)
-        if self.member.upper:  # the own block comes first, and its first column is empty
-            columns[:, : architecture.sizes[i]] = True
-        self.columns = None if columns.all() else [row.nonzero().flatten() for row in columns]
-        self.mask = None if mask.all() else mask
+        self.device = next(iter(weights.values())).device
+        columns, mask = _kept(architecture, i)
+        self.columns = None if columns is None else [row.to(self.device) for row in columns]
+        self.mask = None if mask is None else mask.to(self.device)
         self._tape: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         # Of each half step's source, whose sum is finite if all of it is. One tensor: small ones
         # that stay among large ones that go would scatter them over ever more memory.
         updates = len(self.member.updates)
         self._sums = None
         if plan.recompute:
-            self._sums = torch.zeros(len(self.rows), updates, dtype=torch.float64)
+            shape = len(self.rows), updates
+            self._sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self._input = self._first = self._output = torch.empty(0)
 
     # --- forward ----------------------------------------------------------------------------
@@ -204,7 +203,7 @@ class AgentNode:
         """
         for gradient in self.gradients.values():
             gradient.zero_()
-        norms = torch.empty(len(self.rows) + 1, dtype=torch.float64)
+        norms = torch.empty(len(self.rows) + 1, dtype=torch.float64, device=self.device)
 
         def watch(j: int, y_bar: Tensor) -> None:
             norms[j] = torch.linalg.vector_norm(y_bar, dtype=torch.float64)
@@ -298,12 +297,16 @@ class AgentNode:
 
     # --- analysis ---------------------------------------------------------------------------
 
-    def first_nonfinite_state(self) -> int | None:
-        """The first `j` for which own `y_j` is not finite, after a forward pass; None if all are.
+    def finite(self) -> Tensor:
+        """Whether all own states are finite, after a forward pass: a Boolean on the device.
 
         Every layer adds to a state, so that one that is not finite stays so to the end.
         """
-        if torch.isfinite(self._output).all():
+        return torch.isfinite(self._output).all()
+
+    def first_nonfinite_state(self) -> int | None:
+        """The first `j` for which own `y_j` is not finite, after a forward pass; None for none."""
+        if self.finite():
             return None
         if not torch.isfinite(self._first).all():
             return 0
@@ -399,6 +402,16 @@ class AgentNode:
     def _accumulate(self, name: str, gradient: Tensor) -> None:
         if name in self.gradients:
             self.gradients[name] += gradient
+
+
+def _kept(architecture: Architecture, i: int) -> tuple[list[Tensor] | None, Tensor | None]:
+    """Of each layer's K the columns within those kept, and the mask, where graphs keep fewer."""
+    mask = architecture.mask(i)
+    columns = mask.any(1)
+    if architecture.member.upper:  # the own block comes first, and its first column is empty
+        columns[:, : architecture.sizes[i]] = True
+    kept = None if columns.all() else [row.nonzero().flatten() for row in columns]
+    return kept, None if mask.all() else mask
 
 
 def _joined(states: dict[State, Tensor]) -> Tensor:

@@ -544,6 +544,16 @@ class ClusterSpec(Section):
     agents_per_actor: Count | Literal["auto"] = Field(
         default=1, description="Agents that share one actor; auto: one actor a core of the cluster."
     )
+    replicas: Annotated[int, Field(gt=0, le=10**4)] = Field(
+        default=1,
+        description="Copies of the whole graph of agents, each on its share of every batch; "
+        "gradients are summed between the copies of an agent. --local runs one.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="What agents compute on; auto: the GPU for those that ask for one (gpu) where "
+        "there is one, else the CPU.",
+    )
     address: str | None = Field(
         default=None,
         description="Ray cluster to join; default: $RAY_ADDRESS, else one is started here.",

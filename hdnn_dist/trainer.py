@@ -41,7 +41,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Times, Worker
+from hdnn_dist.worker import Times, Worker, device_of
 
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
@@ -109,7 +109,7 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """All agents in this process, messages by reference.
+    """All agents in this process, messages by reference; one copy, whatever `cluster.replicas` is.
 
     Sets torch's threads to `cluster.threads`, or to one: the products of single agents are small,
     and more threads cost more than they win.
@@ -161,7 +161,8 @@ class LocalRunner:
     def reform(self, job: Job) -> None:  # noqa: D102
         self.job = job
         transport = InProcess(job.architecture.patterns.S, job.topology.names, job.dtype)
-        self.worker = Worker(job, range(len(job.topology.agents)), transport)
+        agents = range(len(job.topology.agents))
+        self.worker = Worker(job, agents, transport, device=device_of(job, agents))
 
     def close(self) -> None:  # noqa: D102
         pass

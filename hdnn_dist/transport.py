@@ -42,8 +42,10 @@ class Transport(Protocol):
     sent: Counter[tuple[int, int]]
     """Bytes sent so far, by (source, target)."""
 
-    waited: float
-    """Seconds so far in which nothing was left but to wait for other processes."""
+    @property
+    def waited(self) -> float:
+        """Seconds so far in which nothing was left but to wait for other processes."""
+        ...
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """Messages of this process's agents out, those for them in, both by (source, target)."""
@@ -263,6 +265,33 @@ class PointToPoint(InProcess):
 
     def _hosted(self, peer: int) -> str:
         return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
+
+
+class Staged:
+    """Agents here are on a device, and what they send to other processes goes by host memory.
+
+    Args:
+        inner: takes it there.
+        device: where messages to agents here are put.
+    """
+
+    def __init__(self, inner: PointToPoint, device: torch.device) -> None:
+        self.inner, self.device = inner, device
+        self.names, self.sent = inner.names, inner.sent
+        self._here = {i for i, rank in enumerate(inner.host) if rank == inner.rank}
+
+    @property
+    def waited(self) -> float:
+        """See `Transport`."""
+        return self.inner.waited
+
+    def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
+        """See `Transport`."""
+        staged = {
+            link: tensor if link[1] in self._here else tensor.cpu() for link, tensor in mail.items()
+        }
+        arrived = self.inner.exchange(phase, staged, batch)
+        return {link: tensor.to(self.device) for link, tensor in arrived.items()}
 
 
 class _Frame:

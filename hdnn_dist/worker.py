@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +16,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import Agent, Evaluation, Fault, StepResult
+from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
+from hdnn_dist.capture import Captured
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
-from hdnn_dist.data import Part, load_rows
-from hdnn_dist.errors import DataError
+from hdnn_dist.data import Part, load_rows, share
+from hdnn_dist.errors import DataError, PlacementError
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
+from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
-from hdnn_dist.transport import Result, Transport, drive
+from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
+log = logging.getLogger("hdnn_dist")
+
+
+def device_of(job: Job, agents: Sequence[int]) -> torch.device:
+    """What some agents that share a process compute on (`cluster.device`).
+
+    Raises:
+        PlacementError: a GPU, but the process has none.
+    """
+    wish = job.spec.cluster.device
+    asked = any(job.topology.agents[i].gpu for i in agents)
+    if wish == "cpu" or (wish == "auto" and not asked):
+        return CPU
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if wish == "auto":
+        return CPU
+    raise PlacementError(
+        "cluster.device is cuda, but the process of agent(s) "
+        f"{', '.join(job.topology.names[i] for i in agents)} on {platform.node()} has no GPU",
+        "give these agents gpu (1, or a part of one) and install a torch that is built for CUDA, "
+        "or set cluster.device to auto",
+    )
 
 
 @dataclass(frozen=True)
@@ -61,11 +88,25 @@ class Worker:
         job: the job.
         agents: which agents live here.
         transport: carries the rounds.
+        replicas: the other copies of these agents; by default there are none.
+        device: what they compute on.
     """
 
-    def __init__(self, job: Job, agents: Sequence[int], transport: Transport) -> None:
+    def __init__(
+        self,
+        job: Job,
+        agents: Sequence[int],
+        transport: Transport,
+        replicas: Replicas | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self.job, self.transport = job, transport
-        self.agents = {i: Agent(job, i) for i in agents}
+        self.replicas = Replicas() if replicas is None else replicas
+        taken = self._share(job.batch)
+        self.agents = {i: Agent(job, i, taken, device) for i in agents}
+        # A step of agents that share a process and a GPU is recorded when the first is taken.
+        self._may_capture = device.type == "cuda" and type(transport) is InProcess
+        self._captured: Captured | None = None
         self.step = 0
         self._faults: list[Fault] = []
         self._forget_times()
@@ -76,14 +117,23 @@ class Worker:
             agent.load_data()
 
     def train(self, steps: int) -> list[StepResult]:
-        """Take so many optimiser steps from where the run stands."""
+        """Take so many optimiser steps from where the run stands, the same in all copies."""
         results: list[StepResult] = []
+        plan, taken = self.job.plan, self._share(self.job.batch)
+        samples = taken.stop - taken.start
         started, waited = time.perf_counter(), self.transport.waited
         for _ in range(steps):
-            actions = {
-                i: self._timed(i, agent.train_step(self.step)) for i, agent in self.agents.items()
+            if not self._differentiate_at_once():
+                actions = {
+                    i: self._timed(i, agent.differentiate(self.step))
+                    for i, agent in self.agents.items()
+                }
+                self._drive(actions, samples, plan.differentiation)
+            self.replicas.add([summand for a in self.agents.values() for summand in a.summands])
+            updates = {
+                i: self._timed(i, agent.update(self.step)) for i, agent in self.agents.items()
             }
-            results += self._drive(actions, self.job.batch, self.job.plan.training_step)
+            results += self._drive(updates, samples, plan.clipping)
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         self._steps += steps
@@ -121,13 +171,27 @@ class Worker:
         self._compute = dict.fromkeys(self.agents, 0.0)
         self._steps, self._total, self._wait = 0, 0.0, 0.0
 
+    def _differentiate_at_once(self) -> bool:
+        """Have a CUDA graph do it, if there is one and it finds nothing that is to be looked at."""
+        if self._may_capture:
+            self._may_capture = False
+            assert isinstance(self.transport, InProcess)
+            try:
+                with torch.no_grad():
+                    rounds = self.job.plan.differentiation
+                    self._captured = Captured(self.agents, self.transport, rounds, self.step)
+            except RuntimeError as error:
+                log.warning("steps are not recorded as a CUDA graph: %s", error)
+        with torch.no_grad():
+            return self._captured is not None and self._captured.differentiate(self.step)
+
     def faults(self) -> list[Fault]:
         """Numbers that were not finite, since the last call."""
         found, self._faults = self._faults, []
         return found
 
     def evaluate(self, part: Part = "test") -> Evaluation | None:
-        """Loss and accuracy over a part of the data set.
+        """Loss and accuracy over a part of the data set, of which each copy takes its share.
 
         Raises:
             DataError: the data set has no such part.
@@ -135,17 +199,21 @@ class Worker:
         if part not in PARTS:
             raise DataError(f"the data set has no part {part!r}", f"use one of {', '.join(PARTS)}")
         samples = self.job.data.samples(part)
-        sums: list[tuple[float, int]] = []
-        for start, stop in _slices(samples):
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start, stop in _slices(self._share(samples)):
             actions = {i: a.evaluate(part, start, stop) for i, a in self.agents.items()}
-            sums += self._drive(actions, stop - start, self.job.plan.forward)
-        if not sums:
+            for loss, correct in self._drive(actions, stop - start, self.job.plan.forward):
+                sums += torch.tensor([loss, correct], dtype=sums.dtype)
+        if self.job.root not in self.agents:
             return None
-        loss, correct = (sum(column) for column in zip(*sums, strict=True))
+        self.replicas.add([sums])
+        loss, correct = sums.tolist()
         return Evaluation(loss / samples, correct / samples, samples)
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray | None:
         """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file.
+
+        Of these each copy takes its share; None of none.
 
         Raises:
             DataError: the file cannot be read, or its rows are not samples of the data set.
@@ -158,7 +226,8 @@ class Worker:
             for i, agent in self.agents.items()
         }
         chunks: list[np.ndarray] = []
-        for start, stop in _slices(len(next(iter(own.values())))):
+        samples = len(next(iter(own.values())))
+        for start, stop in _slices(self._share(samples)):
             actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
             chunks += self._drive(actions, stop - start, self.job.plan.forward)
         return np.concatenate(chunks) if chunks else None
@@ -184,10 +253,10 @@ class Worker:
         return reduce(operator.add, sums)
 
     def save(self, folder: Place) -> dict[str, str]:
-        """Write the state of each agent here; SHA-256 by agent."""
+        """Write the state of each agent here, which the first copy does; SHA-256 by agent."""
+        to = folder if self.replicas.copy == 0 else None
         return {
-            agent.name: save_agent(folder, agent.name, agent.state())
-            for agent in self.agents.values()
+            agent.name: save_agent(to, agent.name, agent.state()) for agent in self.agents.values()
         }
 
     def load(self, folder: Place, manifest: Manifest) -> None:
@@ -206,6 +275,10 @@ class Worker:
                 agent.load_state(load_agent(folder, agent.name, manifest), writer)
         self.step = manifest.step
 
+    def _share(self, samples: int) -> slice:
+        """Which of some samples this copy takes."""
+        return share(samples, self.replicas.copy, self.replicas.copies)
+
     def _drive(
         self,
         actions: Mapping[int, Exchange[Result | None]],
@@ -218,7 +291,7 @@ class Worker:
         return [result for result in results.values() if result is not None]
 
 
-def _slices(samples: int) -> Iterator[tuple[int, int]]:
+def _slices(samples: slice) -> Iterator[tuple[int, int]]:
     """Runs of at most `EVAL_BATCH` samples."""
-    for start in range(0, samples, EVAL_BATCH):
-        yield start, min(start + EVAL_BATCH, samples)
+    for start in range(samples.start, samples.stop, EVAL_BATCH):
+        yield start, min(start + EVAL_BATCH, samples.stop)

@@ -72,8 +72,8 @@ def test_cross_entropy_and_its_gradient() -> None:
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     expected = torch.nn.functional.cross_entropy(scores.T, labels, reduction="sum")
     loss, correct, bar = cross_entropy(scores.detach(), labels)
-    assert loss == pytest.approx(expected.item())
-    assert correct == int((scores.argmax(0) == labels).sum())
+    assert loss.item() == pytest.approx(expected.item())
+    assert int(correct) == int((scores.argmax(0) == labels).sum())
     assert_close(bar, torch.autograd.grad(expected, scores)[0], "∂loss/∂scores")
 
 

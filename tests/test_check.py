@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hdnn_dist.agent import Agent
 from hdnn_dist.check import Phase, Report, examine, render
 from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job
@@ -150,6 +151,45 @@ def test_a_line_of_three_worked_out_by_hand() -> None:
 def test_clipping_adds_the_norm_up_and_down_the_tree() -> None:
     found = report(topology=line("abc"), training={"clip_norm": 1.0})
     assert found.step[-1] == Phase("norm of the gradient", 2, 16)  # four floats
+
+
+def test_copies_are_counted_and_placed() -> None:
+    cluster = {"replicas": 2, "agents_per_actor": "auto"}
+    training = {"clip_norm": 1.0, "batch_size": 31}
+    found = report(topology=line("abc"), model={"layers": 2}, training=training, cluster=cluster)
+    one = report(topology=line("abc"), model={"layers": 2}, training=training)
+    assert found.shares == (15, 16)
+    # Two of the four cores for each copy.
+    placed = [(actor.copy, *actor.agents) for actor in found.actors]
+    assert placed == [(0, "a"), (0, "b", "c"), (1, "a"), (1, "b", "c")]
+    # 534 numbers, the loss and the right answers, once there and once back.
+    *before, sums, norm = found.step
+    assert sums == Phase("sums over the copies", 2, 2 * 536 * 4)
+    assert norm == Phase("norm of the gradient", 2, 32)  # of each copy
+    assert tuple(before) == one.step[:-1]  # all samples together are as many
+    assert sum(link.bytes for link in found.traffic) == sum(p.bytes for p in (*before, norm))
+    text = shown(found)
+    assert "2 copies of all agents, 15 or 16 samples a step each" in text
+    assert "sums over the copies" in text
+    assert "cop" not in shown(one)
+
+
+@pytest.mark.parametrize("model", [{"name": "MS2"}, {"layer_graphs": ["none", "topology"]}])
+def test_numbers_that_copies_sum_are_those_that_are_stored(model: dict[str, Any]) -> None:
+    sections = {"topology": line("abc"), "model": {"layers": 2} | model}
+    found = report(**sections, cluster={"replicas": 3})
+    job = Job.of(spec_from_dict(sections))
+    stored = sum(s.numel() for i in range(3) for s in Agent(job, i).summands)
+    assert stored > job.parameters + 2
+    [sums] = [phase for phase in found.step if phase.name == "sums over the copies"]
+    assert sums == Phase("sums over the copies", 4, 4 * 4 * stored)
+
+
+def test_more_copies_than_samples_are_refused() -> None:
+    with pytest.raises(
+        SpecError, match=r"cluster\.replicas: 9 copies .* a batch of 8 .* at most 8"
+    ):
+        report(topology=line("ab"), training={"batch_size": 8}, cluster={"replicas": 9})
 
 
 def test_the_graph_in_J_needs_one_exchange() -> None:

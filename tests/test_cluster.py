@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from hdnn_dist.agent import Evaluation
 from hdnn_dist.api import fit
+from hdnn_dist.checkpoint import Manifest, Totals, load_agent
 from hdnn_dist.cluster import AgentActor, RayRunner, _admits, actor_class
 from hdnn_dist.data import Part, load_features, load_images
 from hdnn_dist.errors import AgreementError, LostError, PlacementError, RunError
@@ -173,6 +175,59 @@ def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_pat
     finally:
         runner.close()
     assert ray.is_initialized(), "a Ray that was there before is left alone"
+
+
+def spoil(actor: AgentActor) -> None:
+    actor.worker.agents[0].weights["Kp"].detach()[0, 0, 0] += 1e-9
+
+
+@pytest.mark.parametrize(("copies", "per_actor"), [(2, 2), (3, 4)])
+def test_copies_of_the_graph_train_as_one(copies: int, per_actor: int, tmp_path: Path) -> None:
+    """Two actors or one to a copy, batches that do not divide, three steps and a checkpoint."""
+    job = Job.load(
+        None,
+        [
+            *(*TINY, "topology.agents=4", "topology.edges.args.n=4", "training.batch_size=16"),
+            *("training.shift=1", "training.clip_norm=0.5", "data.split.kind=stripes"),
+            *(f"cluster.replicas={copies}", f"cluster.agents_per_actor={per_actor}"),
+        ],
+    )
+    runner, local = RayRunner(job), LocalRunner(job)
+    try:
+        assert f"4 agents, {copies} copies of each, on {copies * 4 // per_actor} Ray" in (
+            runner.describe()
+        )
+        ours, theirs = runner.train(3), local.train(3)
+        assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], abs=1e-10)
+        assert [r.correct for r in ours] == [r.correct for r in theirs]
+        assert [r.grad_norm for r in ours] == pytest.approx([r.grad_norm for r in theirs])
+        assert runner.evaluate().loss == pytest.approx(local.evaluate().loss, abs=1e-10)
+        assert_close(torch.tensor(runner.predict("test")), torch.tensor(local.predict("test")), "P")
+        assert_close(runner.gradient_squares(), local.gradient_squares(), "‖∂loss/∂y_j‖²")
+        expected = Counter(job.plan.traffic(job.plan.forward, 2 * job.data.test, 8))
+        for _ in range(3):
+            expected += Counter(job.plan.traffic(job.plan.training_step, job.batch, 8, copies))
+        assert runner.sent() == expected
+        files = runner.save(tmp_path)  # which compares the copies bit by bit
+        manifest = Manifest(step=3, state="", files=files, totals=Totals())
+        for i, agent in local.worker.agents.items():
+            saved = load_agent(tmp_path, agent.name, manifest)
+            for key, value in agent.state().items():
+                assert_close(saved[key], value, f"agent {i}: {key}")
+        # One copy is lost, all start anew, from one state.
+        ray.kill(runner._actors[-1])
+        with pytest.raises(LostError, match=rf"\(copy {copies}\) on node .* died"):
+            runner.train(10**6)
+        runner.reform(job)
+        runner.load(tmp_path, manifest)
+        assert runner.train(1)[0].loss == pytest.approx(local.train(1)[0].loss, abs=1e-10)
+        # One copy that has come to other weights is found.
+        second = runner._actors[len(runner.packing)]
+        ray.get(second.__ray_call__.remote(spoil))
+        with pytest.raises(AgreementError, match=r"a1, .*\(copy 2\) .* another state of a1"):
+            runner.save(tmp_path)
+    finally:
+        runner.close()
 
 
 @pytest.fixture

@@ -572,6 +572,14 @@ def test_orders_and_shifts_differ_by_seed_and_count() -> None:
     assert len({tuple(data.shifts(*key, 50, 2).ravel()) for key in keys}) == 4
 
 
+@given(st.integers(0, 1000), st.integers(1, 20))
+def test_shares_of_copies_are_all_samples_once_and_even(samples: int, copies: int) -> None:
+    shares = [data.share(samples, copy, copies) for copy in range(copies)]
+    assert [k for share in shares for k in range(samples)[share]] == list(range(samples))
+    sizes = {share.stop - share.start for share in shares}
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_shifts_take_every_value_within_the_limit() -> None:
     moves = data.shifts(3, 7, 2000, 2)
     assert moves.shape == (2000, 2)
