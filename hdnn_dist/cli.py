@@ -461,6 +461,26 @@ def write_report(
     )
 
 
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write here; default: RUN/export.")
+    ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="ONNX too; takes the packages onnx and onnxscript.")
+    ] = False,
+) -> None:
+    """Write a run's dense model: a torch.export program, weights by name, and ONNX if asked for.
+
+    All agents' weights are gathered in this process.
+    """
+    from hdnn_dist.dense import export
+
+    _tidy_up_from_here()
+    print("\n".join(map(str, export(run, out, onnx=onnx))))
+
+
 topology = typer.Typer(help="Graphs of agents.", no_args_is_help=True)
 app.add_typer(topology, name="topology")
 
