@@ -15,9 +15,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hdnn_dist.api import fit, launch, load, open_run, train
     from hdnn_dist.cluster import RayRunner
+    from hdnn_dist.dense import export
     from hdnn_dist.hamiltonian import Activation
     from hdnn_dist.job import Job
     from hdnn_dist.model import HDNN, Layers
+    from hdnn_dist.page import write_page
     from hdnn_dist.report import analyze, analyze_layers
     from hdnn_dist.run import regroup
     from hdnn_dist.topology import Topology
@@ -36,12 +38,14 @@ _HOME = {
     "Trainer": "trainer",
     "analyze": "report",
     "analyze_layers": "report",
+    "export": "dense",
     "fit": "api",
     "launch": "api",
     "load": "api",
     "open_run": "api",
     "regroup": "run",
     "train": "api",
+    "write_page": "page",
 }
 
 __all__ = [
@@ -58,12 +62,14 @@ __all__ = [
     "__version__",
     "analyze",
     "analyze_layers",
+    "export",
     "fit",
     "launch",
     "load",
     "open_run",
     "regroup",
     "train",
+    "write_page",
 ]
 
 

@@ -9,6 +9,7 @@ import base64
 import io
 import math
 import platform
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -40,7 +41,7 @@ from hdnn_dist.worker import Times
 
 MOST = 8  # runs side by side
 BSM_SAMPLES = 4
-_TIMES = TypeAdapter(list[Times])
+_TIMES = TypeAdapter(list[Times])  # as records have them
 
 
 @dataclass(frozen=True)
@@ -270,20 +271,14 @@ def _few(names: object) -> str:
 
 def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
     """Where the agents were last, and what the steps that they took there came to."""
-    runs: list[list[Times]] = []
-    for record in records:
-        if record.get("kind") == "times":
-            try:
-                runs.append(_TIMES.validate_python(record.get("actors")))
-            except ValidationError:
-                continue
+    runs = [found for record in records if (found := _times_of(record))]
     last = [own.agents for own in runs[-1]] if runs else []
     if {name for agents in last for name in agents} != set(job.topology.names):
         return {}
     shares = {}
     for k, agents in enumerate(last):
         own = [times for actors in runs for times in actors if times.agents == agents]
-        steps = max(1, sum(times.steps for times in own))
+        steps = sum(times.steps for times in own)
         total = sum(times.total for times in own) / steps
         compute = [sum(column) / steps for column in zip(*(t.compute for t in own), strict=True)]
         wait = sum(times.wait for times in own) / steps
@@ -293,13 +288,30 @@ def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
     return shares
 
 
+def _times_of(record: dict[str, Any]) -> list[Times]:
+    """The times of a record; none if it is no whole record of them."""
+    if record.get("kind") != "times":
+        return []
+    try:
+        found = _TIMES.validate_python(record.get("actors"))
+    except ValidationError:
+        return []
+    whole = all(
+        len(own.compute) == len(own.agents)
+        and all(0 <= s < math.inf for s in (own.total, own.wait, *own.compute))
+        and 0 < own.steps < 1e9
+        for own in found
+    )
+    return found if whole else []
+
+
 def _points(run: Shown, kind: str, key: str) -> tuple[tuple[int, float], ...]:
     """A number of a run's records by step; null is no number."""
     values = ((r["step"], r.get(key)) for r in run.records if r.get("kind") == kind)
     return tuple(
-        (step, math.nan if value is None else float(value))
+        (step, math.nan if value is None else value)
         for step, value in values
-        if value is None or isinstance(value, int | float)
+        if (value is None or isinstance(value, float)) and 0 < step <= run.job.steps
     )
 
 
@@ -436,6 +448,7 @@ def _render(shown: Sequence[Shown], sections: Sequence[Section]) -> str:
         differences=differences([run.job.spec for run in shown]),
         sections=sections,
         size=size,
+        quote=shlex.quote,
         sent=[_sent(run.told) for run in shown],
         versions=f"hdnn_dist {__version__}, torch {torch.__version__}, Python "
         f"{platform.python_version()}",

@@ -14,6 +14,7 @@ import hdnn_dist
 from hdnn_dist.cli import main
 from hdnn_dist.errors import CheckpointError, UserError
 from hdnn_dist.page import write_page
+from hdnn_dist.storage import read
 
 TINY = [
     "topology.name=<b>$ring$</b>",
@@ -96,6 +97,15 @@ def test_runs_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     assert {"loss", "topology-1", "topology-2", "confusion-2"} <= names
 
 
+def test_a_run_at_a_url_has_its_page_there(runs: list[Path]) -> None:
+    run = "memory://page/run"
+    hdnn_dist.train(overrides=TINY, run=run, local=True)
+    page = write_page([run], local=True, bsm=False, worst=0)
+    assert str(page) == f"{run}/report/report.html"
+    assert "layers: 3" in read(page).decode()
+    assert read(page.parent / "loss.png").startswith(b"\x89PNG")
+
+
 def test_what_is_no_image_is_shown_as_numbers(runs: list[Path], tmp_path: Path) -> None:
     page = write_page([runs[2]], out=tmp_path, local=True, bsm=False, worst=1)
     assert re.search(
@@ -111,7 +121,10 @@ def test_a_run_that_was_cut_short_has_a_page(runs: list[Path], tmp_path: Path) -
     records = (run / "metrics.jsonl").read_text().splitlines()
     left = {"kind": "agents", "step": 3, "left": ["a3"], "joined": []}
     odd = {"kind": "train", "step": 4, "loss": None, "accuracy": "half"}
-    (run / "metrics.jsonl").write_text("\n".join([*records[:3], json.dumps(left), json.dumps(odd)]))
+    far = {"kind": "train", "step": 10**400, "loss": 1.0, "accuracy": 10**400}
+    (run / "metrics.jsonl").write_text(
+        "\n".join([*records[:3], *map(json.dumps, (left, odd, far))])
+    )
     text = Path(str(write_page([run], local=True, bsm=False))).read_text()
     assert "<td>3 of 6</td>" in text
     assert "step 3: left a3; joined nobody" in text
@@ -141,7 +154,12 @@ def test_where_the_time_went_and_who_shared_an_actor(runs: list[Path], tmp_path:
     assert "a4 sees 16 of 64 features, in actor 1." in text
     assert "here &lt;1&gt;" in text
     three = record(5, (["a1", "a2", "a3"], [0.1] * 3))
-    for records in ([record(2, *halves), three], ['{"kind": "times", "step": 1, "actors": [1]}']):
+    torn = [
+        '{"kind": "times", "step": 1, "actors": [1]}',
+        record(5, (["a1", "a2", "a3", "a4"], [0.1])),
+        record(5, (["a1", "a2", "a3", "a4"], [float("nan")] * 4)),
+    ]
+    for records in ([record(2, *halves), three], *([line] for line in torn)):
         assert "no record of the agents&#39; time" in page(*records)
 
 
