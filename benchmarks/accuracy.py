@@ -13,13 +13,12 @@ batches, shifts of each agent's pixels and learning rates:
     16 actors     one agent in each
 
 Times are of training steps alone, by the clock of the wall: neither starts nor evaluations, which
-follow every epoch. Ray Train's TorchTrainer is not among them, as it needs more than Ray itself; what
-it sets up is DDP.
+follow every epoch. Ray Train's TorchTrainer is not among them, as it needs packages that are not
+installed here; what it sets up is DDP.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
@@ -163,10 +162,11 @@ def main() -> None:
         "16 agents, 2 actors": lambda: agents(job(8)),
         "16 agents, 16 actors": lambda: agents(job(1)),
     }
-    print(f"{machine()}; {len(os.sched_getaffinity(0))} cores to run on\n")
+    print(machine(), end="\n\n")
     print(
         f"| what | epochs to {o.accuracy:.1%} | seconds | of DDP's | seconds an epoch "
-        f"| after {o.epochs} epochs |\n|---|---:|---:|---:|---:|---:|"
+        f"| after {o.epochs} epochs |\n|---|---:|---:|---:|---:|---:|",
+        flush=True,
     )
     ddp = None
     for name, run in contestants.items():
