@@ -57,6 +57,7 @@ from hdnn_dist.placement import Demand, Node, Packing, address_of, assign, deman
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
 from hdnn_dist.transport import InProcess, PointToPoint
+from hdnn_dist.wires import Gloo, PeerError, Sockets, connect
 from hdnn_dist.worker import PARTS, Worker
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
@@ -75,6 +76,9 @@ class AgentActor:
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._store: dist.TCPStore | None = None
+        self._timeout = 0.0
+        self._near: Sockets | None = None
+        self._meetings = 0  # in this group
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
@@ -108,9 +112,13 @@ class AgentActor:
             os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
         # Connect to neighbours alone, not to everybody; gloo's TLS cannot do that.
         os.environ["TORCH_GLOO_LAZY_INIT"] = "0" if os.environ.get(TLS) == "TCP_TLS" else "1"
-        store = self._store if rank == 0 else dist.TCPStore(*meeting, timeout=limit)
+        self._timeout, self._meetings = timeout, 0
+        if rank != 0:
+            self._store = dist.TCPStore(*meeting, timeout=limit)
         try:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+            dist.init_process_group(
+                "gloo", store=self._store, rank=rank, world_size=size, timeout=limit
+            )
         except RuntimeError as error:
             if "unsupported gloo device" not in str(error):
                 raise
@@ -123,6 +131,7 @@ class AgentActor:
 
     def leave(self) -> None:
         """Leave the group."""
+        self._hang_up()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -136,11 +145,37 @@ class AgentActor:
         transport = (
             InProcess(*common)
             if len(packing) == 1
-            else PointToPoint(*common, hosts(packing), job.digest)
+            else PointToPoint(*common, hosts(packing), job.digest, dist.get_rank(), Gloo())
         )
         self._worker = Worker(job, agents, transport)
         self._worker.load_data()
         return job.digest
+
+    def connect(self) -> None:
+        """Open sockets to the actors on this machine that host neighbours of the agents here.
+
+        Raises:
+            TransportError: one that should do the same does not.
+        """
+        self._hang_up()
+        transport = self.worker.transport
+        assert isinstance(transport, PointToPoint)
+        assert self._store is not None
+        self._meetings += 1
+        meeting = f"meeting {self._meetings}"
+        try:
+            near = connect(self._store, meeting, transport.rank, transport.peers, START)
+        except PeerError as error:
+            raise TransportError(
+                f"the process of agent(s) {transport.hosted(error.peer)} did not connect: "
+                f"{error.problem}"
+            ) from error
+        self._near = transport.near = Sockets(near, self._timeout)
+
+    def _hang_up(self) -> None:
+        if self._near is not None:
+            self._near.close()
+            self._near = None
 
     @property
     def worker(self) -> Worker:
@@ -364,6 +399,8 @@ class RayRunner:
                     f"{self._who(rank)} sees a job with digest {digest[:12]}, but the driver "
                     f"has {self.job.digest[:12]}: install one version of hdnn_dist everywhere"
                 )
+        if size > 1 and self.job.spec.cluster.wire == "auto":
+            self._all("connect")
 
     def describe(self) -> str:
         """See `Runner`; so too below."""

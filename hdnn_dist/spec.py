@@ -515,6 +515,11 @@ class ClusterSpec(Section):
         default=None,
         description="Ray cluster to join; default: $RAY_ADDRESS, else one is started here.",
     )
+    wire: Literal["auto", "gloo"] = Field(
+        default="auto",
+        description="What carries messages between actors; auto: sockets between those on one "
+        "machine, gloo between machines.",
+    )
     placement: Literal["spread", "pack"] = Field(
         default="pack", description="Over the cluster's nodes."
     )

@@ -91,6 +91,7 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
                 "seed": draw(st.integers(0, 100)),
                 "dtype": dtype,
             },
+            "cluster": {"wire": draw(st.sampled_from(["auto", "gloo"]))},
         }
     )
 
