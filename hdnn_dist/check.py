@@ -170,7 +170,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
     host = hosts(packing)
     wanted = demands(topology, packing, cores)
     places = assign(wanted, nodes)
-    sent = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize)
+    sent = job.traffic(plan.training_step)
     traffic = tuple(
         LinkReport(names[source], names[target], amount)
         for (source, target), amount in sorted(sent.items())
@@ -278,7 +278,7 @@ def _step(job: Job) -> Iterator[Phase]:
 
 
 def _phase(job: Job, name: str, rounds: Sequence[Round]) -> Phase:
-    moved = job.plan.traffic(rounds, job.batch, job.dtype.itemsize)
+    moved = job.traffic(rounds)
     return Phase(name, len(rounds), sum(moved.values()))
 
 

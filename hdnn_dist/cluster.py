@@ -141,7 +141,7 @@ class AgentActor:
         """Take on some agents of a job, and return the digest of the job as this actor sees it."""
         torch.set_num_threads(spec.cluster.threads or 1)
         job = Job.of(spec).without(absent)
-        common = job.architecture.patterns.S, job.topology.names, job.dtype
+        common = job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
         transport = (
             InProcess(*common)
             if len(packing) == 1

@@ -191,13 +191,21 @@ class Plan:
         return (*self.forward, *self.backward, *norm, *(r.adjoint for r in reversed(norm)))
 
     def traffic(
-        self, rounds: Iterable[Round], batch: int, itemsize: int
+        self, rounds: Iterable[Round], batch: int, itemsize: int, single: int | None = None
     ) -> dict[tuple[int, int], int]:
-        """Bytes from agent to agent that the given rounds move."""
+        """Bytes from agent to agent that the given rounds move.
+
+        Args:
+            rounds: of the plan.
+            batch: number of samples.
+            itemsize: bytes of a number.
+            single: bytes of one that there is not one of per sample, if they are others.
+        """
         sent: dict[tuple[int, int], int] = {}
         for phase in rounds:
+            bytes_ = itemsize if phase.per_sample or single is None else single
             for m in phase.messages:
-                size = m.rows * phase.columns(batch) * itemsize
+                size = m.rows * phase.columns(batch) * bytes_
                 sent[m.source, m.target] = sent.get((m.source, m.target), 0) + size
         return sent
 

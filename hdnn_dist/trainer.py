@@ -152,7 +152,9 @@ class LocalRunner:
 
     def reform(self, job: Job) -> None:  # noqa: D102
         self.job = job
-        transport = InProcess(job.architecture.patterns.S, job.topology.names, job.dtype)
+        transport = InProcess(
+            job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
+        )
         self.worker = Worker(job, range(len(job.topology.agents)), transport)
 
     def close(self) -> None:  # noqa: D102

@@ -32,8 +32,10 @@ class Transport(Protocol):
     names: tuple[str, ...]
     """The agents' names."""
 
-    sent: Counter[tuple[int, int]]
-    """Bytes sent so far, by (source, target)."""
+    @property
+    def sent(self) -> Counter[tuple[int, int]]:
+        """Bytes sent so far, by (source, target)."""
+        ...
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """Messages of this process's agents out, those for them in, both by (source, target).
@@ -98,13 +100,29 @@ class InProcess:
     Args:
         links: the pattern `S`; `S[i, l] = 1` if a message may go from `l` to `i`.
         names: the agents' names, for messages of error.
-        dtype: of everything that is sent.
+        dtype: of everything that agents send and receive.
+        per_sample: in which numbers travel of which there is one a sample. If it is narrower, they
+            are rounded to it here too, so that numbers do not depend on who shares a process.
     """
 
-    def __init__(self, links: BlockPattern, names: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        links: BlockPattern,
+        names: Sequence[str],
+        dtype: torch.dtype,
+        per_sample: torch.dtype,
+    ) -> None:
         self.links = frozenset((source, target) for target, source in links.entries)
-        self.names, self.dtype = tuple(names), dtype
-        self.sent: Counter[tuple[int, int]] = Counter()
+        self.names, self.dtype, self.per_sample = tuple(names), dtype, per_sample
+        self._outgoing: dict[tuple[Round, int], _Outgoing] = {}
+
+    @property
+    def sent(self) -> Counter[tuple[int, int]]:
+        """See `Transport`."""
+        total: Counter[tuple[int, int]] = Counter()
+        for each in self._outgoing.values():
+            total.update({link: each.times * size for link, size in each.bytes.items()})
+        return total
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`.
@@ -113,22 +131,41 @@ class InProcess:
             AgreementError: an agent sends something else than the plan says.
         """
         self._check(phase, mail, phase.messages, phase.columns(batch))
-        return mail
+        return self._delivered(phase, mail)
+
+    def travels_as(self, phase: Round) -> torch.dtype:
+        """The type of the numbers of a round on their way."""
+        return self.per_sample if phase.per_sample else self.dtype
+
+    def _delivered(self, phase: Round, mail: Mail) -> Mail:
+        """Mail that stays in this process, as it arrives."""
+        if (narrow := self.travels_as(phase)) == self.dtype:
+            return mail
+        sent = {id(tensor): tensor for tensor in mail.values()}  # one may go to several agents
+        came = {key: tensor.to(narrow).to(self.dtype) for key, tensor in sent.items()}
+        return {link: came[id(tensor)] for link, tensor in mail.items()}
 
     def _check(self, phase: Round, mail: Mail, planned: Sequence[Message], columns: int) -> None:
         """Refuse mail that is not exactly what was planned, and count it."""
-        for m in planned:
-            link, shape = (m.source, m.target), (m.rows, columns)
+        out = self._outgoing.get((phase, columns))
+        if out is None:
+            out = _Outgoing(planned, columns, self.travels_as(phase).itemsize)
+            if astray := out.shapes.keys() - self.links:
+                raise self._refusal(phase, min(astray), "a message", "no link")
+            self._outgoing[phase, columns] = out
+        out.times += 1
+        if mail.keys() == out.shapes.keys() and all(
+            tensor.shape == out.shapes[link] and tensor.dtype == self.dtype
+            for link, tensor in mail.items()
+        ):
+            return
+        for link, shape in out.shapes.items():
             tensor = mail.get(link)
             if tensor is None or tensor.shape != shape or tensor.dtype != self.dtype:
                 sent = "nothing" if tensor is None else _described(tensor.shape, tensor.dtype)
                 raise self._refusal(phase, link, sent, _described(shape, self.dtype))
-            if link not in self.links:
-                raise self._refusal(phase, link, "a message", "no link")
-            self.sent[link] += tensor.nbytes
-        if len(mail) != len(planned):
-            link = min(mail.keys() - {(m.source, m.target) for m in planned})
-            raise self._refusal(phase, link, "a message", "none")
+        link = min(mail.keys() - out.shapes.keys())
+        raise self._refusal(phase, link, "a message", "none")
 
     def _refusal(
         self, phase: Round, link: tuple[int, int], sent: str, planned: str
@@ -140,6 +177,20 @@ class InProcess:
             f"round {phase.name}: agent {source} sends {sent} to agent {target}, where {planned} "
             "is planned"
         )
+
+
+class _Outgoing:
+    """What the agents of a process send in a round.
+
+    Attributes:
+        shapes, bytes: by link.
+        times: how often they have sent it.
+    """
+
+    def __init__(self, planned: Sequence[Message], columns: int, itemsize: int) -> None:
+        self.shapes = {(m.source, m.target): torch.Size((m.rows, columns)) for m in planned}
+        self.bytes = {link: shape.numel() * itemsize for link, shape in self.shapes.items()}
+        self.times = 0
 
 
 def _described(shape: Sequence[int], dtype: torch.dtype) -> str:
@@ -154,7 +205,7 @@ class PointToPoint(InProcess):
     All is posted before anything is waited for, so that no order of processes can deadlock.
 
     Args:
-        links, names, dtype: as in `InProcess`.
+        links, names, dtype, per_sample: as in `InProcess`.
         host: per agent, the rank of the process that hosts it.
         job: the digest of what all processes have agreed on.
         rank: of this process.
@@ -169,12 +220,13 @@ class PointToPoint(InProcess):
         links: BlockPattern,
         names: Sequence[str],
         dtype: torch.dtype,
+        per_sample: torch.dtype,
         host: Sequence[int],
         job: str,
         rank: int,
         far: Wire,
     ) -> None:
-        super().__init__(links, names, dtype)
+        super().__init__(links, names, dtype, per_sample)
         self.host, self.job, self.rank = tuple(host), job[:12], rank
         self._far = far
         self.near: Sockets | None = None
@@ -223,7 +275,9 @@ class PointToPoint(InProcess):
         for peer, frame in route.receives.items():
             if not (frame.begun and frame.ended):
                 raise self._misfit(frame, phase, peer)
-        return {link: mail[link] for link in route.local} | route.arrivals
+        for narrow, wide in route.widened:
+            wide.copy_(narrow)
+        return self._delivered(phase, {link: mail[link] for link in route.local}) | route.arrivals
 
     def _misfit(self, frame: Frame, phase: Round, peer: int) -> AgreementError:
         """What came in a frame is not what was planned."""
@@ -251,11 +305,12 @@ class _Route:
         sends: per peer, the links of what goes there, and the frame in which it does.
         receives: by peer, the frame in which it comes.
         arrivals: the numbers of those frames by link.
+        widened: per frame whose numbers are narrower than those of agents, these and those.
         wires: the frames out and in by peer, for each wire.
     """
 
     def __init__(self, transport: PointToPoint, phase: Round, columns: int) -> None:
-        host, rank, dtype = transport.host, transport.rank, transport.dtype
+        host, rank, dtype = transport.host, transport.rank, transport.travels_as(phase)
         self.planned = [m for m in phase.messages if host[m.source] == rank]
         self.local = [(m.source, m.target) for m in self.planned if host[m.target] == rank]
         sends: dict[int, list[Message]] = {}
@@ -270,6 +325,7 @@ class _Route:
         self.sends: list[tuple[list[tuple[int, int]], Frame]] = []
         self.receives: dict[int, Frame] = {}
         self.arrivals: Mail = {}
+        self.widened: list[tuple[Tensor, Tensor]] = []
         for peer, messages in sends.items():
             frame = Frame(*_marks(phase, messages, columns, dtype))
             self.sends.append(([(m.source, m.target) for m in messages], frame))
@@ -278,7 +334,11 @@ class _Route:
             wire = transport.wire(peer)
             frame = self.receives[peer] = wire.inbox(*_marks(phase, messages, columns, dtype))
             by_wire.setdefault(wire, ({}, {}))[1][peer] = frame
-            parts = frame.numbers.split([m.rows for m in messages])
+            numbers = frame.numbers
+            if dtype != transport.dtype:
+                numbers = torch.empty_like(numbers, dtype=transport.dtype)
+                self.widened.append((frame.numbers, numbers))
+            parts = numbers.split([m.rows for m in messages])
             links = ((m.source, m.target) for m in messages)
             self.arrivals.update(zip(links, parts, strict=True))
         self.wires = [(wire, *frames) for wire, frames in by_wire.items()]

@@ -133,7 +133,7 @@ def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:
 
 def in_process(job: Job, cls: type[InProcess] = InProcess) -> InProcess:
     """The transport of a job whose agents share a process."""
-    return cls(job.architecture.patterns.S, job.topology.names, job.dtype)
+    return cls(job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype)
 
 
 # --- what is wrong -------------------------------------------------------------------------------

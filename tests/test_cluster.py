@@ -104,7 +104,7 @@ def test_a_step_on_actors_is_the_dense_one(three: list[Any], job: Job) -> None:
     gradients = {i: own for part in call(three, "gradients") for i, own in part.items()}
     assert_matches_dense(job, result, gradients)
     sent = {link: size for part in call(three, "sent") for link, size in part.items()}
-    assert_follows_plan(sent, job.plan, job.architecture.patterns.S, job.batch, 8)
+    assert_follows_plan(sent, job)
 
 
 def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(three: list[Any]) -> None:
@@ -131,9 +131,12 @@ def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(three: 
         assert held == [rank_of[owner] == rank for owner in owners]
 
 
-@pytest.mark.parametrize(("per_actor", "wire"), [(1, "auto"), (3, "auto"), (1, "gloo")])
+@pytest.mark.parametrize(
+    ("per_actor", "wire", "messages"),
+    [(1, "auto", "full"), (3, "auto", "bf16"), (1, "gloo", "fp16"), (3, "gloo", "full")],
+)
 def test_packing_and_wires_do_not_change_the_numbers(
-    per_actor: int, wire: str, tmp_path: Path
+    per_actor: int, wire: str, messages: str, tmp_path: Path
 ) -> None:
     job = Job.load(
         None,
@@ -144,6 +147,7 @@ def test_packing_and_wires_do_not_change_the_numbers(
             "training.clip_norm=0.5",
             f"cluster.agents_per_actor={per_actor}",
             f"cluster.wire={wire}",
+            f"training.messages={messages}",
         ],
     )
 

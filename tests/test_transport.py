@@ -27,8 +27,8 @@ NAMES = ("ann", "ben", "eve")
 TIMEOUT = 3.0  # seconds
 
 
-def in_process() -> InProcess:
-    return InProcess(links, NAMES, torch.float32)
+def in_process(per_sample: torch.dtype = torch.float32) -> InProcess:
+    return InProcess(links, NAMES, torch.float32, per_sample)
 
 
 def test_a_message_arrives_and_is_counted() -> None:
@@ -36,6 +36,24 @@ def test_a_message_arrives_and_is_counted() -> None:
     mail = {(0, 1): torch.ones(2, 3)}
     assert transport.exchange(phase, mail, batch=3) == mail
     assert transport.sent == {(0, 1): 2 * 3 * 4}
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_narrow_message_is_rounded_and_counted_as_such(narrow: torch.dtype) -> None:
+    transport = in_process(narrow)
+    numbers = torch.tensor([[1 / 3, 1e-9, 70000.0], [1.0, -2.5, 0.0]])
+    came = transport.exchange(phase, {(0, 1): numbers}, batch=3)[0, 1]
+    assert came.dtype == torch.float32
+    assert torch.equal(came, numbers.to(narrow).float())
+    assert not torch.equal(came, numbers)
+    assert transport.sent == {(0, 1): 2 * 3 * 2}
+
+
+def test_what_there_is_not_one_of_per_sample_is_never_narrow() -> None:
+    transport, norm = in_process(torch.bfloat16), Round("norm", phase.messages, per_sample=False)
+    numbers = torch.tensor([[1 / 3], [1e-9]])
+    assert torch.equal(transport.exchange(norm, {(0, 1): numbers}, batch=3)[0, 1], numbers)
+    assert transport.sent == {(0, 1): 2 * 4}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +113,7 @@ Action = Callable[[Near], object]
 
 
 def transport(near: Near, job: str = "job", dtype: torch.dtype = torch.float32) -> PointToPoint:
-    made = PointToPoint(links, NAMES, dtype, (0, 1, 2), job, dist.get_rank(), Gloo())
+    made = PointToPoint(links, NAMES, dtype, dtype, (0, 1, 2), job, dist.get_rank(), Gloo())
     made.near = near
     return made
 
@@ -125,7 +143,7 @@ def out_of_step(near: Near) -> None:
 
 def of_others(near: Near) -> None:
     eve_too, only = Round("states", (Message(2, 1, 2),)), BlockPattern.of(3, [(1, 2)])
-    sender = PointToPoint(only, NAMES, torch.float32, (1, 1, 0), "job", 0, Gloo())
+    sender = PointToPoint(only, NAMES, torch.float32, torch.float32, (1, 1, 0), "job", 0, Gloo())
     sender.near = near
     sender.exchange(eve_too, {(2, 1): MAIL[0, 1]}, 3)
 
