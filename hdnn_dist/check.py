@@ -180,7 +180,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
     host = hosts(packing)
     wanted = demands(topology, packing * copies, cores)
     places = assign(wanted, nodes)
-    sent = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize, copies)
+    sent = job.traffic(plan.training_step)
     shares = [share(job.batch, copy, copies) for copy in range(copies)]
     traffic = tuple(
         LinkReport(names[source], names[target], amount)
@@ -300,7 +300,7 @@ def _step(job: Job) -> Iterator[Phase]:
 
 
 def _phase(job: Job, name: str, rounds: Sequence[Round]) -> Phase:
-    moved = job.plan.traffic(rounds, job.batch, job.dtype.itemsize, job.spec.cluster.replicas)
+    moved = job.traffic(rounds)
     return Phase(name, len(rounds), sum(moved.values()))
 
 
