@@ -233,6 +233,19 @@ class AgentActor:
         """Bytes sent by the agents here."""
         return self.worker.transport.sent
 
+    def time_rounds(self, columns: int, rounds: int) -> float:
+        """Seconds of one round that brings the states of a batch of `columns`, of so many."""
+        phase, dtype = self.worker.job.plan.states[0], self.worker.job.dtype
+        mail = {
+            (m.source, m.target): torch.zeros(m.rows, columns, dtype=dtype)
+            for i in self.worker.agents
+            for m in phase.outbound.get(i, ())
+        }
+        start = time.perf_counter()
+        for _ in range(rounds):
+            self.worker.transport.exchange(phase, mail, columns)
+        return (time.perf_counter() - start) / rounds
+
 
 def actor_class(cls: type[AgentActor]) -> Any:
     """The Ray class of an actor: one thread for its work, one to say that it is alive."""
@@ -475,6 +488,15 @@ class RayRunner:
             replace(own, node=node)
             for own, node in zip(self._all("times"), self._nodes, strict=True)
         ]
+
+    @property
+    def cores(self) -> int:
+        """Of the cluster."""
+        return int(ray.cluster_resources().get("CPU", 1))
+
+    def time_rounds(self, columns: int, rounds: int) -> float:
+        """Seconds of one round that brings the states of a batch of `columns`, of so many."""
+        return float(max(self._all("time_rounds", columns, rounds)))
 
     def gradient_squares(self) -> Tensor:  # noqa: D102
         squares: Tensor = reduce(operator.add, self._all("gradient_squares"))

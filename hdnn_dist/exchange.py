@@ -176,6 +176,11 @@ class Plan:
                     )
         return plan
 
+    @property
+    def depth(self) -> int:
+        """How many layers."""
+        return len(self.states)
+
     def half_step(self, layer: int, update: Update) -> tuple[Round, ...]:
         """The rounds of an update (forward): the argument of `σ`, pull, coupling."""
         states, mix = self.states[layer], self.mix
