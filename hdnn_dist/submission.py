@@ -161,9 +161,11 @@ class Jobs:
         except (OSError, RuntimeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            first = str(error).partition("\n")[0]
+            said = str(error).partition("\n")[0]
             raise UserError(
-                f"no Ray job server answers at {self.address} ({first})",
+                f"no Ray job server answers at {self.address} ({said})"
+                if isinstance(error, OSError)
+                else f"what answers at {self.address} is no Ray job server, or fails: {said}",
                 "see that the cluster runs with a dashboard (ray[default]) and that its port "
                 "reaches here; deploy/README.md has the tunnels",
             ) from None

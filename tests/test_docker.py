@@ -99,7 +99,7 @@ def test_compose_brings_up_a_head_and_three_workers_and_then_the_job() -> None:
     assert services["head"]["ports"] == ["127.0.0.1:8265:8265"]  # to this machine alone
 
 
-SETUP = """
+SETUP = r"""
 set -eu
 mount -t tmpfs -o size=90% tmpfs {scratch}
 mkdir {scratch}/upper {scratch}/work {root}
@@ -108,7 +108,9 @@ mount --rbind /dev {root}/dev
 mount -t tmpfs -o mode=1777 tmpfs {root}/dev/shm
 mount -t tmpfs -o mode=1777 tmpfs {root}/tmp
 mount -t proc proc {root}/proc
-ln -sf {python} {root}/usr/local/bin/python
+rm -f {root}/usr/local/bin/python
+printf '#!/bin/sh\nexec {python} "$@"\n' > {root}/usr/local/bin/python
+chmod +x {root}/usr/local/bin/python
 for folder in {parents}; do chmod o+rx {root}$folder; done
 """
 
