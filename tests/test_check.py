@@ -247,6 +247,16 @@ def test_placement_on_nodes() -> None:
     assert "1 CPU, 1 camera, the label site=north" in warning
 
 
+def test_actors_that_will_have_no_gpu_are_warned_of() -> None:
+    topology = line("ab")
+    topology["agents"][0]["gpu"] = 0.5
+    node = Node("here", {"CPU": 4.0, "GPU": 1.0}, {})
+    found = report(node, topology=topology, cluster={"device": "cuda"})
+    [warning] = [warning for warning in found.warnings if "cuda" in warning]
+    assert "1 of 2 actors ask for no GPU; the first, of b: give its agents gpu" in warning
+    assert not any("cuda" in warning for warning in report(node, topology=topology).warnings)
+
+
 def test_more_actors_than_cores_are_warned_of() -> None:
     found = report(topology=line("abcdef"))
     assert any("6 actors share 4 cores" in warning for warning in found.warnings)

@@ -195,6 +195,27 @@ def test_packing_and_wires_do_not_change_the_numbers(
     assert ray.is_initialized(), "a Ray that was there before is left alone"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "device", "gpus", "direct"),
+    [
+        (1, "auto", ["x", "y"], True),
+        (0.5, "auto", ["x", "x"], False),  # they share one
+        (1, "auto", ["x", None], False),  # this torch cannot use the other
+        (1, "cpu", ["x", "y"], False),
+        (0, "auto", ["x", "y"], False),
+    ],
+)
+def test_nccl_is_for_actors_that_have_a_gpu_each(
+    gpu: float, device: str, gpus: list[str | None], direct: bool
+) -> None:
+    agents = f"topology.agents=[{{name: a, gpu: {gpu}}}, {{name: b, gpu: {gpu}}}]"
+    job = Job.load(None, [agents, "topology.edges=[[a, b]]", f"cluster.device={device}"])
+    runner = object.__new__(RayRunner)
+    runner.job, runner.packing = job, ((0,), (1,))
+    runner._all = lambda method, *_: gpus  # type: ignore[method-assign]
+    assert runner._has_gpus_apart() == direct
+
+
 def spoil(actor: AgentActor) -> None:
     actor.worker.agents[0].weights["Kp"].detach()[0, 0, 0] += 1e-9
 
