@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: train test chaos lint clean
+.PHONY: train test chaos image lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/hdnn-dist train
@@ -13,6 +13,9 @@ test: $(VENV)/.installed-dev
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m chaos
+
+image: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m image
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

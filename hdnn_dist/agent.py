@@ -70,7 +70,7 @@ class Fault:
     """A number that is not finite where an agent first met one in a step; the earliest sorts first.
 
     Attributes:
-        step: from 1.
+        step: from 1; of an evaluation, the last one taken.
         rounds: layers that the step had gone through, forward and then back.
         agent: whose.
         what: the number.
@@ -125,10 +125,11 @@ class Agent:
         self._distortion: Distortion | None = None
         if distort is not None and image is not None and self.view.columns:
             self._distortion = Distortion(distort, image, self.view.columns)
+        self._images: Tensor | None = None
         self._features: dict[Part, Tensor] = {}
         self._labels: dict[Part, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
-        self.fault: Fault | None = None  # of the last step
+        self.fault: Fault | None = None  # of the last step or evaluation
         # Of own share of the step under way; always in the same memory, as are gradients:
         self._first_state: int | None = None  # that is not finite
         layers = architecture.patterns.layers
@@ -140,14 +141,14 @@ class Agent:
 
     def load_data(self) -> None:
         """Read now what a training run needs, not in the first round, for which others wait."""
-        parts: tuple[Part, ...] = ("train", "test")
-        for part in parts:
-            if part == "train" and self._distortion is not None:
-                load_images(self.job.spec.data, part)
-            else:
-                self.features(part)
-            if self.is_root:
-                self.labels(part)
+        if self._distortion is None:
+            self.features("train")
+        else:
+            self.images()
+        self.features("test")
+        if self.is_root:
+            self.labels("train")
+            self.labels("test")
 
     def features(self, part: Part) -> Tensor:
         """Own columns of the training or test set, `(samples, F_i)`; loaded once."""
@@ -155,6 +156,12 @@ class Agent:
             columns = load_features(self.job.spec.data, part, self.view.columns)
             self._features[part] = torch.from_numpy(columns).to(self.job.dtype)
         return self._features[part]
+
+    def images(self) -> Tensor:
+        """All pixels of the training images, `(samples, F)`: the one copy of its process."""
+        if self._images is None:
+            self._images = torch.from_numpy(load_images(self.job.spec.data, "train"))
+        return self._images
 
     def labels(self, part: Part) -> Tensor:
         """The classes `(samples,)`, which only the root may ask for."""
@@ -175,9 +182,8 @@ class Agent:
         """Own part of a batch as columns `(F_i, B)`, distorted or shifted if the spec says so."""
         training, name = self.job.spec.training, self.job.spec.data.name
         if self._distortion is not None:
-            images = torch.from_numpy(load_images(self.job.spec.data, "train"))[index]
             place = self.share.start, self.job.batch
-            part = self._distortion(images, training.seed, step, *place)
+            part = self._distortion(self.images()[index], training.seed, step, *place)
             x = torch.from_numpy(scaled(name, part.numpy())).to(self.job.dtype)
             return x.T.to(self.device)
         x = self.features("train")[index]
@@ -266,19 +272,34 @@ class Agent:
         for j in reversed(range(N + 1)):
             if not torch.isfinite(norms[j]):
                 return Fault(step + 1, 2 * N + 1 - j, self.name, f"the cotangent ∂loss/∂y_{j}")
+        member = self.job.architecture.member
         for name, gradient in gradients.items():
-            if not torch.isfinite(gradient).all():
-                return Fault(step + 1, 2 * N + 2, self.name, f"the gradient of {name}")
+            if not (finite := torch.isfinite(gradient)).all():
+                what = f"the gradient of {name}"
+                if name in (*member.matrices, *member.vectors):
+                    what += f" in layer {finite.flatten(1).all(1).int().argmin()}"
+                return Fault(step + 1, 2 * N + 2, self.name, what)
         return Fault(step + 1, 2 * N + 2, self.name, "the norm of the gradient")
 
-    def evaluate(self, part: Part, start: int, stop: int) -> Exchange[tuple[float, int] | None]:
-        """Summed loss and number of right answers over some samples; None but at the root."""
+    def evaluate(
+        self, part: Part, start: int, stop: int, step: int
+    ) -> Exchange[tuple[float, int] | None]:
+        """Summed loss and number of right answers over some samples; None but at the root.
+
+        A number that is not finite is the agent's `fault`, of the last of the `step` steps taken.
+        """
         x_FB = self.features(part)[start:stop].T.to(self.device)
         scores = yield from self.node.forward(x_FB)
+        self.fault = None
+        if (j := self.node.first_nonfinite_state()) is not None:
+            self.fault = Fault(step, j, self.name, f"the {part} set's state y_{j}")
         if not self.is_root:
             return None
         labels_B = self.labels(part)[start:stop].to(self.device)
         loss, correct, _ = cross_entropy(scores, labels_B)
+        if self.fault is None and not math.isfinite(loss):
+            after_layers = self.job.architecture.patterns.layers + 0.5
+            self.fault = Fault(step, after_layers, self.name, f"the {part} set's loss")
         return loss.item(), int(correct)
 
     def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:
@@ -385,13 +406,18 @@ class Agent:
     # --- state ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and optimiser state by name, for a checkpoint."""
-        tensors = {f"weights/{name}": w.detach() for name, w in self.weights.items()}
+        """Weights and optimiser state by name, for a checkpoint, in the host's memory."""
+        tensors = {f"weights/{name}": w.detach().cpu() for name, w in self.weights.items()}
         for name, weight in self.weights.items():
             for key, value in self.optimizer.state.get(weight, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer/{name}/{key}"] = value
+                    tensors[f"optimizer/{name}/{key}"] = value.cpu()
         return tensors
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """What `state` gives of an agent that has not trained yet."""
+        initial = self.job.architecture.initial(self.i, self.job.dtype)
+        return {f"weights/{name}": value for name, value in initial.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], writer: Architecture | None = None) -> None:
         """Put back what `state` gave.
@@ -399,7 +425,7 @@ class Agent:
         Args:
             tensors: the state.
             writer: the network it is of, where other agents took part in that: blocks that belong
-                to agents of both are put back, those that are new keep their initial values.
+                to agents of both are put back, those that are new get their initial values.
 
         Raises:
             CheckpointError: names, shapes or types are not this agent's.
@@ -440,8 +466,8 @@ class Agent:
         has_neighbours = name in (*architecture.member.matrices, *architecture.coupling)
         if not has_neighbours or value.dim() < 2:  # an optimiser's count of steps has no columns
             return value
-        weight = self.weights[name].detach().cpu()
-        carried = weight.clone() if kind == "weights" else torch.zeros_like(weight)
+        fresh = self.initial_state()[f"weights/{name}"]
+        carried = fresh if kind == "weights" else torch.zeros_like(fresh)
         here, there = architecture.common_columns(self.i, name, writer)
         carried[..., here] = value[..., there]
         return carried

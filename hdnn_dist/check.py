@@ -337,6 +337,11 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
             "the encoder pad makes an agent's raw features its first state, which its neighbours "
             "are sent: use the encoder linear where raw data must not leave an agent"
         )
+    if job.spec.training.distort is not None:
+        yield (
+            "to distort training images every agent reads all their pixels from the data set: use "
+            "training.shift where an agent has no more than its own"
+        )
     if homeless := [actor for actor in report.actors if actor.node is None]:
         first = homeless[0]
         asked = [f"{amount:g} {key}" for key, amount in first.resources.items()]

@@ -10,7 +10,7 @@
       tensorboard/              the same metrics as TensorBoard events
       checkpoints/
         step-00000230/
-          manifest.json         step, digest of the job, SHA-256 of each file, cost so far
+          manifest.json         step, digest of the job, SHA-256 of all files, cost so far
           <agent>.safetensors   one agent's weights and optimiser state
 
 RUN is a local path or a URL (see `hdnn_dist.storage`). A checkpoint's manifest is written last, and
@@ -39,7 +39,7 @@ from hdnn_dist.errors import CheckpointError, DamagedError
 from hdnn_dist.spec import AgentName
 from hdnn_dist.storage import MAX_TEXT, Place, kind, move, names, read, remove, write
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _NAMES = TypeAdapter(list[AgentName])
@@ -73,7 +73,7 @@ class Manifest(BaseModel):
         step: optimiser steps taken.
         state: `hdnn_dist.trainer.state_digest` of the job that wrote it.
         spec: of that job, resolved, to say what has changed since; None if it was not given.
-        files: SHA-256 by agent.
+        files: bytes and SHA-256 by agent.
         totals: of the run so far.
         accuracy: on the test set after these steps; None if it was not looked at.
     """
@@ -83,7 +83,7 @@ class Manifest(BaseModel):
     format: int = FORMAT
     step: Whole
     state: str
-    files: dict[AgentName, str]
+    files: dict[AgentName, Annotated[str, Field(pattern=r"^[0-9]{1,18} [0-9a-f]{64}$")]]
     totals: Totals
     accuracy: float | None = None
     spec: dict[str, Any] | None = None
@@ -100,11 +100,16 @@ def agent_file(folder: Place, name: str) -> Place:
 
 
 def save_agent(folder: Place | None, name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Write one agent's tensors, if a folder is given, and return the SHA-256 of the file."""
+    """Write one agent's tensors, if a folder is given, and return the file's `checksum`."""
     content = save({key: value.contiguous() for key, value in tensors.items()})
     if folder is not None:
         write(agent_file(folder, name), content)
-    return hashlib.sha256(content).hexdigest()
+    return checksum(content)
+
+
+def checksum(content: bytes) -> str:
+    """How many bytes there are, so that no more are read, and their SHA-256."""
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
 
 
 def load_agent(folder: Place, name: str, manifest: Manifest) -> dict[str, Tensor]:
@@ -124,15 +129,15 @@ def load_agent(folder: Place, name: str, manifest: Manifest) -> dict[str, Tensor
 
 
 def _read_agent(folder: Place, name: str, manifest: Manifest) -> bytes:
-    file = agent_file(folder, name)
+    file, expected = agent_file(folder, name), manifest.files[name]
     try:
-        content = read(file)
+        content = read(file, int(expected.partition(" ")[0]))
     except OSError as error:
         raise DamagedError(
             f"{file}: cannot be read ({error.strerror or 'it is not there'})",
             "restore it or use an older checkpoint",
         ) from None
-    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
+    if checksum(content) != expected:
         raise DamagedError(
             f"{file}: its SHA-256 is not the manifest's: the file is damaged",
             "restore it or remove this checkpoint's folder to use the one before",
@@ -199,7 +204,7 @@ def write_checkpoint(
         accuracy=accuracy,
         spec=spec,
     )
-    write(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
+    write(folder / MANIFEST, seal(manifest.model_dump_json(indent=2).encode()))
     best = best_checkpoint(run) if keep_best else None
     for old in checkpoints(run)[:-keep_last]:
         if old != best:
@@ -293,17 +298,32 @@ def latest_checkpoint(run: Place) -> tuple[Place, Manifest]:
     return from_latest(run, lambda folder, manifest: (folder, manifest))
 
 
+def seal(manifest: bytes) -> bytes:
+    """A manifest as it is written: JSON of it and of its SHA-256, which is the first line."""
+    return b'{"sha256": "%s", "manifest":\n%s}\n' % (
+        hashlib.sha256(manifest).hexdigest().encode(),
+        manifest,
+    )
+
+
 def read_manifest(folder: Place) -> Manifest:
     """What a checkpoint says of itself.
 
     Raises:
-        DamagedError: it says nothing that can be read.
+        DamagedError: it says nothing that can be read, is not as it was written, or of another step
+            than its folder.
         CheckpointError: it is of another version.
     """
     file = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(read(file, MAX_TEXT))
-    except (OSError, ValidationError):
+        written = read(file, MAX_TEXT)
+        content = written.partition(b"\n")[2].removesuffix(b"}\n")
+        if seal(content) != written:
+            raise ValueError("not as it was written")
+        manifest = Manifest.model_validate_json(content)
+        if checkpoint_folder(folder, manifest.step).name != folder.name:
+            raise ValueError("of another step than its folder")
+    except (OSError, ValueError):
         raise DamagedError(
             f"{file}: missing or damaged", "remove this checkpoint's folder to use the one before"
         ) from None

@@ -17,19 +17,20 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from hdnn_dist import __version__
-from hdnn_dist.errors import CheckpointError, HdnnError, UserError, on_a_line
+from hdnn_dist.errors import CheckpointError, HdnnError, RunError, UserError, on_a_line
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hdnn_dist.job import Job
+    from hdnn_dist.submission import Jobs
     from hdnn_dist.trainer import Summary
 
 
@@ -98,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app(args=arguments, prog_name="hdnn-dist")
         except (HdnnError, OSError) as error:
             sys.exit(_report(error))
+        except MemoryError as error:
+            problem = f"out of memory ({str(error) or 'of Python'})"
+            sys.exit(_report(UserError(problem, "take smaller inputs, or a machine with more")))
 
 
 @contextmanager
@@ -187,12 +191,7 @@ def train(
 ) -> None:
     """Train a job, or continue a run."""
     _refuse_both(address, local)
-    if resume is not None and (spec is not None or run is not None):
-        other = "a SPEC" if spec is not None else "--run"
-        raise UserError(
-            f"{other} is given with --resume, but a run goes on with its own spec in its own place",
-            f"leave {'SPEC' if spec is not None else '--run'} out, or train without --resume",
-        )
+    _refuse_beside_resume(resume, spec, run)
     changes = _overrides(overrides, data_dir)
     if resume is None:
         job = _load(spec, changes)
@@ -236,6 +235,125 @@ def train(
             print(hint, file=sys.stderr)
             raise typer.Exit(code) from None
     _print_summary(summary)
+
+
+JobServer = Annotated[
+    str,
+    typer.Option(
+        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard."
+    ),
+]
+JOB_SERVER = "http://127.0.0.1:8265"
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="By the name that `submit` told.")]
+
+
+@app.command()
+def submit(
+    spec: SpecArgument = None,
+    overrides: Set = None,
+    data_dir: DataDir = None,
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Of the new run: a URL, or a path on all its machines."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Continue this run instead.")
+    ] = None,
+    address: JobServer = JOB_SERVER,
+    follow: Annotated[bool, typer.Option(help="Show what it prints until it ends.")] = True,
+) -> None:
+    """Train a job, or continue a run, on a cluster elsewhere; package and spec are sent there."""
+    _refuse_beside_resume(resume, spec, run)
+    from hdnn_dist.submission import Jobs, command, elsewhere
+
+    where = elsewhere(run, "--run") if resume is None else elsewhere(resume, "--resume")
+    if data_dir is not None:
+        elsewhere(data_dir, "--data-dir")
+    changes = _overrides(overrides, data_dir)
+    if resume is None:
+        resolved, entry = _load(spec, changes).spec, command(where)
+    else:
+        resolved, entry = None, command(where, changes, resume=True)
+    _tidy_up_from_here()
+    jobs = Jobs(address)
+    id = jobs.submit(entry, resolved)
+    print(f"job {id} on {address}, run {where}", flush=True)
+    if follow:
+        _follow(jobs, id)
+    print(_how_to_go_on(jobs, id))
+
+
+@app.command()
+def status(
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="Default: all of the cluster's.")
+    ] = None,
+    address: JobServer = JOB_SERVER,
+    as_json: AsJson = False,
+) -> None:
+    """How the jobs of a cluster stand."""
+    from hdnn_dist.submission import Jobs
+
+    jobs = Jobs(address)
+    states = jobs.all() if job is None else [jobs.state(job)]
+    if as_json:
+        print(json.dumps([asdict(state) for state in states], indent=2))
+    for state in () if as_json else states:
+        code = "" if state.code is None else f" (exit code {state.code})"
+        until = f" to {state.ended}" if state.ended else ""
+        print(f"{state.id}  {state.status}{code}  {state.started}{until}  {state.command}")
+
+
+@app.command()
+def logs(
+    job: JobArgument,
+    address: JobServer = JOB_SERVER,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Until it ends; then exit with its code.")
+    ] = False,
+) -> None:
+    """What a job has printed."""
+    from hdnn_dist.submission import Jobs
+
+    _tidy_up_from_here()
+    jobs = Jobs(address)
+    if follow:
+        _follow(jobs, job)
+    print(jobs.logs(job), end="")
+
+
+@app.command()
+def stop(job: JobArgument, address: JobServer = JOB_SERVER) -> None:
+    """Have a job save a checkpoint of this very step and end."""
+    from hdnn_dist.submission import Jobs
+
+    state = Jobs(address).stop(job)
+    print(f"job {job}: {state.status}")
+
+
+def _follow(jobs: Jobs, job: str) -> NoReturn:
+    """Show what a job prints until it ends, and exit with its code."""
+    try:
+        state = jobs.follow(job, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(_how_to_go_on(jobs, job), file=sys.stderr)
+        raise typer.Exit(130) from None
+    except RunError as error:
+        code = _report(error)
+        print(_how_to_go_on(jobs, job), file=sys.stderr)
+        raise typer.Exit(code) from None
+    if state.code is None:  # it never ran, or was stopped
+        print(f"job {job}: {state.status}: {on_a_line(state.message or '')}", file=sys.stderr)
+    raise typer.Exit(state.exit_code)
+
+
+def _how_to_go_on(jobs: Jobs, job: str) -> str:
+    at = f"{job} --address {jobs.address}"
+    return (
+        f"job {job} goes on by itself\n"
+        f"follow it with: hdnn-dist logs --follow {at}\n"
+        f"stop it with: hdnn-dist stop {at}"
+    )
 
 
 @app.command("eval")
@@ -570,6 +688,15 @@ def _overrides(overrides: Sequence[str] | None, data_dir: Path | None) -> list[s
     """Those of --set and then that of --data-dir, absolute as actors work elsewhere."""
     folder = [] if data_dir is None else [f"data.dir={json.dumps(str(data_dir.absolute()))}"]
     return [*(overrides or ()), *folder]
+
+
+def _refuse_beside_resume(resume: str | None, spec: Path | None, run: str | None) -> None:
+    if resume is not None and (spec is not None or run is not None):
+        other = "a SPEC" if spec is not None else "--run"
+        raise UserError(
+            f"{other} is given with --resume, but a run goes on with its own spec in its own place",
+            f"leave {'SPEC' if spec is not None else '--run'} out, or train without --resume",
+        )
 
 
 def _refuse_both(address: str | None, local: bool) -> None:

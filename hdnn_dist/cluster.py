@@ -1,7 +1,8 @@
 """Ray: the control plane. It places actors, tells them what to do and watches over them.
 
 No message of a layer passes through Ray: the actors form a torch.distributed group among
-themselves, and `hdnn_dist.transport` carries the rounds. This is the only module that imports ray.
+themselves, and `hdnn_dist.transport` carries the rounds. Only this module and `submission` import
+ray.
 """
 
 from __future__ import annotations
@@ -730,13 +731,13 @@ def _authenticate(address: str) -> None:
     asks = f"the Ray cluster at {address!r} asks for a token"
     if mode == "disabled":
         raise PlacementError(f"{asks}, but RAY_AUTH_MODE is disabled", "leave RAY_AUTH_MODE unset")
-    place, token = _token()
-    if not token:
+    place, shown = token()
+    if not shown:
         raise PlacementError(
             f"{asks}, and there is none in {place}",
             "put there what `ray get-auth-token` prints on the cluster's head",
         )
-    if not _admits(address, token):
+    if not _admits(address, shown):
         raise PlacementError(
             f"{asks}, and refuses that of {place}",
             "put there what `ray get-auth-token` prints on the cluster's head",
@@ -746,10 +747,10 @@ def _authenticate(address: str) -> None:
     raylet.Config.initialize("")  # Ray read its environment when it was imported
 
 
-def _token() -> tuple[str, str]:
+def token() -> tuple[str, str]:
     """Where Ray looks for its token on this machine, and what is there."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return "$RAY_AUTH_TOKEN", token.strip()
+    if given := os.environ.get("RAY_AUTH_TOKEN"):
+        return "$RAY_AUTH_TOKEN", given.strip()
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     return str(file), file.read_text().strip() if file.is_file() else ""
 

@@ -35,6 +35,7 @@ from hdnn_dist.spec import (
     PatchSplit,
     StripeSplit,
 )
+from hdnn_dist.storage import check_regular
 from hdnn_dist.tables import class_names, describe_table, read_classes, read_columns
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "shifts",
     "split_features",
 ]
+
+MAX_VALUES = 10**8  # of a file of new samples: what is made of them is in memory
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -342,12 +345,18 @@ def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
     wanted = " or ".join(str(("n", *shape)).replace("'", "") for shape in shapes)
     mend = f"write it with numpy.save as an array of numbers of shape {wanted}"
     try:
+        check_regular(path)
         raw = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header can raise whatever Python's tokenizer does
         raise DataError(f"{path} cannot be read as an .npy file: {error}", mend) from error
     if raw.dtype.kind not in "uif" or raw.shape[1:] not in shapes or not len(raw):
         raise DataError(f"{path} holds {raw.dtype} of shape {raw.shape}", mend)
     pixels: Sequence[Any] = np.unravel_index(np.asarray(columns, np.intp), raw.shape[1:])
+    if len(raw) > (most := MAX_VALUES // info.features):
+        raise DataError(
+            f"{path} holds {len(raw)} samples, but of {spec.name} no more than {most} are taken",
+            "split it into files of fewer rows, one after the other",
+        )
     x_BF: Array = raw[(..., *pixels)]
     white = PIXELS.get(spec.name, (math.inf,))[0]
     low = 0.0 if info.image else -math.inf

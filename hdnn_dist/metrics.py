@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import to_json
-from hdnn_dist.storage import Log, Place, read
+from hdnn_dist.storage import Log, Place, kind, lines
 from hdnn_dist.trainer import Listener, Progress, Runner
 from hdnn_dist.worker import Times
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+MAX_LINE = 1 << 24  # bytes of a record: of all layers, or the names of all agents
 
 
 class JsonLines(Listener):
@@ -107,11 +110,8 @@ def read_metrics(run: Place) -> list[dict[str, Any]]:
 
 def _lines(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with its record, up to one that is torn by a crash or otherwise none."""
-    try:
-        text = read(path).decode(errors="replace")
-    except FileNotFoundError:
-        return
-    for line in text.splitlines():
+    for content in lines(path, MAX_LINE) if kind(path) else ():
+        line = content.decode(errors="replace").rstrip()
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ class Replicas:
         self, copy: int = 0, copies: int = 1, group: dist.ProcessGroup | None = None
     ) -> None:
         self.copy, self.copies, self.group = copy, copies, group
+        self.waited = 0.0  # seconds so far, for sums
 
     def add(self, summands: Sequence[Tensor]) -> None:
         """Replace tensors of one type by their sums over the copies, bit by bit the same in all.
@@ -34,6 +36,7 @@ class Replicas:
         if self.copies == 1 or not summands:
             return
         total = torch.cat([tensor.flatten() for tensor in summands]).cpu()
+        started = time.perf_counter()
         try:
             dist.all_reduce(total, group=self.group)
         except RuntimeError as error:
@@ -41,6 +44,7 @@ class Replicas:
                 f"the sum over {self.copies} copies: another copy of the agents here did not "
                 f"answer: {str(error).splitlines()[0]}"
             ) from error
+        self.waited += time.perf_counter() - started
         parts = total.split([tensor.numel() for tensor in summands])
         for tensor, part in zip(summands, parts, strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias, cast
 
 import fsspec
 from fsspec.registry import known_implementations
@@ -95,7 +96,7 @@ def names(folder: Place) -> list[str]:
             return []
 
 
-def read(file: Place, most: int | None = None) -> bytes:
+def read(file: Place, most: int) -> bytes:
     """The content of a file.
 
     Args:
@@ -106,21 +107,48 @@ def read(file: Place, most: int | None = None) -> bytes:
         OSError: it is not there, is larger, or is local and cannot be read.
         StorageError: the place of a URL cannot be reached: what is there may be good.
     """
-    if isinstance(file, Path) and not (file.is_file() or file.is_dir()) and file.exists():
-        raise OSError(errno.EINVAL, "not a regular file", str(file))  # devices have no end
+    with _opened(file) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most / 2**20:.3g} MiB", str(file))
+    return content
+
+
+def lines(file: Place, most: int) -> Iterator[bytes]:
+    """The lines of a file with their ends, one at a time, up to one of more bytes than `most`.
+
+    Raises:
+        OSError, StorageError: as `read`.
+    """
+    with _opened(file) as stream:
+        while 0 < len(line := stream.readline(most + 1)) <= most:
+            yield line
+
+
+def check_regular(file: Path) -> None:
+    """What is there, if anything, can be opened without waiting for it, and has an end.
+
+    Raises:
+        OSError: it is a pipe, a device or the like.
+    """
+    if not (file.is_file() or file.is_dir()) and file.exists():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+@contextlib.contextmanager
+def _opened(file: Place) -> Iterator[IO[bytes]]:
+    if isinstance(file, Path):
+        check_regular(file)
     try:
         with (
             _telling(file, "read", but=OSError if isinstance(file, Path) else FileNotFoundError),
             file.open("rb") as stream,
         ):
-            content: bytes = stream.read(-1 if most is None else most + 1)
+            yield io.BufferedReader(cast(io.RawIOBase, stream))  # fsspec's own know no longest line
     except ValueError as error:  # NUL, or half a surrogate pair
         if isinstance(error, HdnnError):
             raise
         raise OSError(errno.EINVAL, "no file has such a name", str(file)) from None
-    if most is not None and len(content) > most:
-        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(file))
-    return content
 
 
 def read_text(file: Place, most: int = MAX_TEXT) -> str:

@@ -39,6 +39,7 @@ from hdnn_dist.spec import (
     Spec,
     TopologySpec,
 )
+from hdnn_dist.storage import check_regular
 
 Pairs = tuple[tuple[int, int], ...]
 MAX_ENTRIES = 4_000_000  # of a J from a file, which the resolved spec writes out
@@ -317,6 +318,7 @@ def read_matrix(path: Path, loc: tuple[str, ...]) -> list[Any]:
     """
     mend = "write it with numpy.save from a float array"
     try:
+        check_regular(path)
         matrix = np.load(path, allow_pickle=False, mmap_mode="r")
     except Exception as error:  # a damaged header can raise whatever Python's tokenizer does
         raise SpecError(loc, f"{path} cannot be read as .npy: {error}", mend) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from hdnn_dist.topology import Topology
 from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Times, Worker, device_of
 
+log = logging.getLogger("hdnn_dist")
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
 
@@ -88,7 +90,7 @@ class Runner(Protocol):
         ...
 
     def save(self, folder: Place) -> dict[str, str]:
-        """Write each agent's state into a folder; SHA-256 by agent."""
+        """Write each agent's state into a folder; checksum by agent."""
         ...
 
     def load(self, folder: Place, manifest: Manifest) -> None:
@@ -390,7 +392,7 @@ class Trainer:
         if took_part != (now := set(job.topology.names)):
             self._tell("regrouped", step, sorted(took_part - now), sorted(now - took_part))
             with _when(f"after step {step}"):
-                evaluation = runner.evaluate()
+                evaluation = self._evaluate()
             self._tell("evaluated", step, step // per_epoch, evaluation)
         while step < job.steps:
             count = min(chunk, per_epoch - step % per_epoch)
@@ -411,7 +413,7 @@ class Trainer:
                     self._tell("differentiated", step, epoch, norms)
                     self._tell("timed", step, runner.times())
                     if epoch % training.eval_every == 0 or ends:
-                        evaluation = runner.evaluate()
+                        evaluation = self._evaluate()
                         best = max(best, evaluation.accuracy)
                         self._tell("evaluated", step, epoch, evaluation)
                 if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
@@ -422,7 +424,7 @@ class Trainer:
                         return None
         if evaluation is None:  # all steps were taken, but the summary is not there
             with _when(f"after step {step}"):
-                evaluation = runner.evaluate()
+                evaluation = self._evaluate()
             best = max(best, evaluation.accuracy)
         summary = Summary(
             run=str(self.run),
@@ -456,6 +458,20 @@ class Trainer:
             problem = f"the loss is {losses[0].loss} at step {losses[0].step}"
         else:
             return
+        self._refuse(problem)
+
+    def _evaluate(self) -> Evaluation:
+        """Look at the test set; at a number that is not finite stop, or warn: nothing to skip."""
+        evaluation = self.runner.evaluate()
+        faults = self.runner.faults()
+        if faults or not math.isfinite(evaluation.loss):
+            problem = str(min(faults)) if faults else f"the test loss is {evaluation.loss}"
+            if self.runner.job.spec.training.on_nonfinite == "stop":
+                self._refuse(problem)
+            log.warning(problem)
+        return evaluation
+
+    def _refuse(self, problem: str) -> NoReturn:
         raise RunError(
             f"{problem}; the checkpoints before it are good: resume with a lower "
             "training.optimizer.lr, with training.clip_norm, or with training.on_nonfinite=skip"

@@ -64,8 +64,8 @@ class Times:
         agents: its agents.
         steps: how many.
         total: all seconds.
-        compute: of these, those in which each agent computed.
-        wait: those in which nothing was left but to wait for other processes.
+        compute: of these, those in which each agent computed; a CUDA graph is no agent's.
+        wait: those in which nothing was left but to wait for other processes, other copies too.
         node: the machine; empty for the process that asks.
     """
 
@@ -121,7 +121,7 @@ class Worker:
         results: list[StepResult] = []
         plan, taken = self.job.plan, self._share(self.job.batch)
         samples = taken.stop - taken.start
-        started, waited = time.perf_counter(), self.transport.waited
+        started, waited = time.perf_counter(), self.transport.waited + self.replicas.waited
         for _ in range(steps):
             if not self._differentiate_at_once():
                 actions = {
@@ -138,7 +138,7 @@ class Worker:
             self.step += 1
         self._steps += steps
         self._total += time.perf_counter() - started
-        self._wait += self.transport.waited - waited
+        self._wait += self.transport.waited + self.replicas.waited - waited
         return results
 
     def _timed(self, i: int, action: Exchange[Result]) -> Exchange[Result]:
@@ -201,9 +201,10 @@ class Worker:
         samples = self.job.data.samples(part)
         sums = torch.zeros(2, dtype=torch.float64)
         for start, stop in _slices(self._share(samples)):
-            actions = {i: a.evaluate(part, start, stop) for i, a in self.agents.items()}
+            actions = {i: a.evaluate(part, start, stop, self.step) for i, a in self.agents.items()}
             for loss, correct in self._drive(actions, stop - start, self.job.plan.forward):
                 sums += torch.tensor([loss, correct], dtype=sums.dtype)
+            self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
         if self.job.root not in self.agents:
             return None
         self.replicas.add([sums])
@@ -253,7 +254,7 @@ class Worker:
         return reduce(operator.add, sums)
 
     def save(self, folder: Place) -> dict[str, str]:
-        """Write the state of each agent here, which the first copy does; SHA-256 by agent."""
+        """Write the state of each agent here, which the first copy does; checksum by agent."""
         to = folder if self.replicas.copy == 0 else None
         return {
             agent.name: save_agent(to, agent.name, agent.state()) for agent in self.agents.values()
@@ -262,7 +263,7 @@ class Worker:
     def load(self, folder: Place, manifest: Manifest) -> None:
         """Put back what `save` wrote, whichever processes wrote it.
 
-        Agents that did not take part in the checkpoint keep the weights they have.
+        Agents that did not take part in the checkpoint start anew.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
@@ -273,6 +274,8 @@ class Worker:
         for agent in self.agents.values():
             if same or agent.name in took_part:
                 agent.load_state(load_agent(folder, agent.name, manifest), writer)
+            else:
+                agent.load_state(agent.initial_state())
         self.step = manifest.step
 
     def _share(self, samples: int) -> slice:

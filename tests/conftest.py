@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from hdnn_dist import data, mnist
@@ -21,6 +22,14 @@ settings.register_profile(
 settings.load_profile("project")
 # Ray's own reporting has no place in a test.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each kind of device that there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here, or a torch that is not built for CUDA")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
-import hashlib
 import io
 import json
 import logging
@@ -39,6 +38,7 @@ from hypothesis import strategies as st
 import hdnn_dist
 from hdnn_dist import data, mnist
 from hdnn_dist.check import examine, render, this_machine
+from hdnn_dist.checkpoint import checksum, seal
 from hdnn_dist.cli import main as command_line
 from hdnn_dist.data import DataInfo, ensure_available, load_features, load_labels, load_rows
 from hdnn_dist.errors import LONGEST, HdnnError
@@ -218,9 +218,11 @@ def checkpoint(folder: Path) -> tuple[st.SearchStrategy[tuple[str, bytes, bool]]
         shutil.copytree(whole, run)
         (run / name).write_bytes(content)
         if signed and name.endswith(".safetensors"):
-            manifest = json.loads(files[latest])
-            manifest["files"][Path(name).stem] = hashlib.sha256(content).hexdigest()
-            (run / latest).write_text(json.dumps(manifest))
+            manifest = json.loads(files[latest])["manifest"]
+            manifest["files"][Path(name).stem] = checksum(content)
+            (run / latest).write_bytes(seal(json.dumps(manifest).encode()))
+        elif signed and name == latest:
+            (run / latest).write_bytes(seal(content))
         read_metrics(run)
         job = reopen(run)
         runner = LocalRunner(job)
@@ -245,7 +247,9 @@ def checkpoint(folder: Path) -> tuple[st.SearchStrategy[tuple[str, bytes, bool]]
         if name.endswith(".jsonl"):
             lines = [json.loads(line) for line in files[name].splitlines()]
             return changed(lines).map(lambda value: "\n".join(map(json.dumps, value)).encode())
-        return changed(json.loads(files[name])).map(lambda value: json.dumps(value).encode())
+        content = json.loads(files[name])
+        content = content.get("manifest", content)
+        return changed(content).map(lambda value: json.dumps(value).encode())
 
     newest = [name for name in files if "step-" not in name or Path(latest).parent.name in name]
     return st.sampled_from(sorted(newest)).flatmap(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdnn_dist.agent import cross_entropy
+from hdnn_dist.agent import CPU, cross_entropy
 from hdnn_dist.data import background, load_images, scaled
 from hdnn_dist.distortion import Distortion
 from hdnn_dist.errors import CheckpointError
@@ -16,18 +16,18 @@ from tests.strategies import in_process
 BASE = ["model.layers=2", "training.dtype=float64", "topology.d=2"]
 
 
-def worker(*overrides: str) -> Worker:
+def worker(*overrides: str, device: torch.device = CPU) -> Worker:
     job = Job.load(None, [*BASE, *overrides])
-    return Worker(job, range(8), in_process(job))
+    return Worker(job, range(8), in_process(job), device=device)
 
 
 def weights(of: Worker) -> dict[str, torch.Tensor]:
-    parts = {i: {n: w.detach() for n, w in a.weights.items()} for i, a in of.agents.items()}
+    parts = {i: {n: w.detach().cpu() for n, w in a.weights.items()} for i, a in of.agents.items()}
     return of.job.architecture.assemble(parts)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_ten_steps_are_those_of_the_dense_model(optimizer: str) -> None:
+def test_ten_steps_are_those_of_the_dense_model(optimizer: str, device: torch.device) -> None:
     """Optimiser, schedule, regulariser and clipping, step by step against torch's own."""
     overrides = [
         f"training.optimizer.name={optimizer}",
@@ -36,7 +36,7 @@ def test_ten_steps_are_those_of_the_dense_model(optimizer: str) -> None:
         "training.alpha=0.01",
         "training.clip_norm=0.5",
     ]
-    ours = worker(*overrides)
+    ours = worker(*overrides, device=device)
     job = ours.job
     model, _ = dense_step(job)
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -139,11 +139,14 @@ def test_a_state_of_another_shape_is_refused() -> None:
         two.agents[0].load_state(one.agents[0].state())
 
 
-def test_state_holds_all_that_the_next_step_depends_on() -> None:
-    one, two = worker("training.optimizer.lr=0.05"), worker("training.optimizer.lr=0.05")
+def test_state_holds_all_that_the_next_step_depends_on(device: torch.device) -> None:
+    """And is as good on another device."""
+    one = worker("training.optimizer.lr=0.05", device=device)
+    two = worker("training.optimizer.lr=0.05", device=device)
     one.train(3)
     for i in one.agents:
-        two.agents[i].load_state({k: v.clone() for k, v in one.agents[i].state().items()})
+        state = one.agents[i].state().items()
+        two.agents[i].load_state({k: v.to(CPU, copy=True) for k, v in state})
     two.step = one.step
     assert one.train(2) == two.train(2)
     mine, theirs = weights(one), weights(two)

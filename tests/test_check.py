@@ -76,6 +76,14 @@ def test_a_distortion_that_cannot_be_is_refused(
         report(topology=line("ab"), data={"name": data}, training={"distort": {}} | more)
 
 
+def test_whole_training_images_that_a_distortion_reads_are_warned_of() -> None:
+    bent, plain = (
+        report(topology=line("ab"), training={"distort": distort}) for distort in ({}, None)
+    )
+    assert any("reads all their pixels" in warning for warning in bent.warnings)
+    assert not any("pixels" in warning for warning in plain.warnings)
+
+
 @pytest.mark.parametrize("name", ["H1", "MS2"])
 def test_states_that_no_inverse_recomputes_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match=r"training\.activations: .*no closed inverse.*set activa"):

@@ -463,3 +463,18 @@ def test_train_and_eval_on_ray(
     here = json.loads(capsys.readouterr().out)
     assert here["loss"] == pytest.approx(on_ray["loss"], rel=1e-5)
     assert here["step"] == on_ray["step"] == 9
+
+
+def test_want_of_memory_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def schema() -> None:
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr("hdnn_dist.reader.json_schema", schema)
+    with pytest.raises(SystemExit) as end:
+        main(["schema"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (Unable to allocate 1 TiB); take")
+    assert said.count("\n") == 1

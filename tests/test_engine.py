@@ -164,11 +164,14 @@ def test_rows_are_the_blocks_of_a_matrix(links: list[list[str]], d: int, recompu
 
 @pytest.mark.parametrize("by_rows", [False, True])
 @given(job=jobs())
-def test_the_fast_dense_model_is_the_plain_one(by_rows: bool, job: Job) -> None:
+def test_the_fast_dense_model_is_the_plain_one(
+    by_rows: bool, job: Job, device: torch.device
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "rows_are_faster", lambda *_: by_rows)
-        plain, fast = (HDNN(job.architecture, job.dtype, fast) for fast in (False, True))
-        x = draw(3, job.data.features)
+        models = (HDNN(job.architecture, job.dtype, fast) for fast in (False, True))
+        plain, fast = (model.to(device) for model in models)
+        x = draw(3, job.data.features).to(device)
         assert_close(fast(x), plain(x), "scores")
         for model in (plain, fast):
             model(x).square().sum().backward()

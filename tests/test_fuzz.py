@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 import hdnn_dist
 from hdnn_dist import reader, topology
 from hdnn_dist.check import examine, this_machine
-from hdnn_dist.checkpoint import latest_checkpoint
+from hdnn_dist.checkpoint import checksum, latest_checkpoint, seal
 from hdnn_dist.cli import main
 from hdnn_dist.data import load_features, load_rows
 from hdnn_dist.errors import LONGEST, CheckpointError, DamagedError, DataError, SpecError, UserError
@@ -334,6 +334,23 @@ def test_hostile_npy_files_are_refused(content: bytes, tmp_path: Path) -> None:
         read_matrix(tmp_path / "x.npy", ("model", "J"))
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.npy")
+    with pytest.raises(DataError, match="not a regular file"):
+        load_rows(DataSpec(), tmp_path / "x.npy", [0])
+    with pytest.raises(SpecError, match="not a regular file"):
+        read_matrix(tmp_path / "x.npy", ("model", "J"))
+
+
+def test_more_samples_than_memory_is_meant_for_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.npy"
+    np.lib.format.open_memmap(file, "w+", np.uint8, (1_562_501, 64))
+    with pytest.raises(
+        DataError, match="holds 1562501 samples, but of digits no more than 1562500"
+    ):
+        load_rows(DataSpec(), file, range(64))
+
+
 # --- run directories -----------------------------------------------------------------------------
 
 
@@ -347,6 +364,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@contextmanager
+def changed_manifest(run: Path) -> Iterator[dict[str, Any]]:
+    """The newest checkpoint's manifest, to be changed; with a SHA-256 of its own again."""
+    file = latest_checkpoint(run)[0] / "manifest.json"
+    manifest = json.loads(file.read_text())["manifest"]
+    yield manifest
+    file.write_bytes(seal(json.dumps(manifest).encode()))
 
 
 def refused(run: Path, says: str, error: type[CheckpointError] = DamagedError) -> None:
@@ -366,10 +392,8 @@ def refused(run: Path, says: str, error: type[CheckpointError] = DamagedError) -
     "name", ["../b", "/etc/passwd", "b/../b", "b\0", "b\n", "..", "", "x" * 65], ids=range(8)
 )
 def test_a_manifest_that_names_other_files_is_refused(name: str, run: Path) -> None:
-    file = latest_checkpoint(run)[0] / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["files"][name] = manifest["files"].pop("b")
-    file.write_text(json.dumps(manifest))
+    with changed_manifest(run) as manifest:
+        manifest["files"][name] = manifest["files"].pop("b")
     refused(run, "manifest.json: missing or damaged")
 
 
@@ -377,17 +401,19 @@ def test_a_manifest_that_names_other_files_is_refused(name: str, run: Path) -> N
     "change",
     [
         {"step": -1},
+        {"step": 1},
         {"step": 10**400},
         {"format": "1"},
         {"files": ["a", "b"]},
+        {"files": {"a": "1"}},
         {"totals": {"seconds": -1.0}},
         {"totals": {"bytes_sent": 10**400}},
         {"more": 1},
     ],
 )
 def test_a_manifest_of_impossible_values_is_refused(change: dict[str, Any], run: Path) -> None:
-    file = latest_checkpoint(run)[0] / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with changed_manifest(run) as manifest:
+        manifest |= change
     refused(run, "manifest.json: missing or damaged")
 
 
@@ -404,6 +430,15 @@ def test_what_is_no_file_is_not_read(name: str, place: Callable[[Path], None], r
     refused(run, f"{name}: (missing or damaged|cannot be read)")
 
 
+def test_files_without_end_are_not_read_to_it(run: Path) -> None:
+    records = read_metrics(run)
+    assert records
+    os.truncate(run / "metrics.jsonl", 100 << 30)
+    assert read_metrics(run) == records
+    os.truncate(latest_checkpoint(run)[0] / "a.safetensors", 100 << 30)
+    refused(run, "a.safetensors: cannot be read .larger than")
+
+
 def test_a_link_out_of_the_run_directory_needs_the_checksum(run: Path, tmp_path: Path) -> None:
     file = latest_checkpoint(run)[0] / "a.safetensors"
     (tmp_path / "secret").write_text("secret")
@@ -416,9 +451,8 @@ def sign(run: Path, content: bytes) -> None:
     """Make `content` agent a's file, with its checksum in the manifest."""
     folder = latest_checkpoint(run)[0]
     (folder / "a.safetensors").write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["a"] = hashlib.sha256(content).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with changed_manifest(run) as manifest:
+        manifest["files"]["a"] = checksum(content)
 
 
 HUGE = json.dumps({"weights/b": {"dtype": "F32", "shape": [2**40, 2**30], "data_offsets": [0, 8]}})

@@ -71,14 +71,14 @@ def test_training_keeps_the_sparsity(job: Job) -> None:
         assert_respects(C, patterns.R, architecture.sizes)
 
 
-def test_it_is_an_ordinary_module() -> None:
+def test_it_is_an_ordinary_module(device: torch.device) -> None:
     architecture = job(graph="both").architecture
-    model, other = HDNN(architecture), HDNN(architecture)
+    model, other = HDNN(architecture).to(device), HDNN(architecture).to(device)
     with torch.no_grad():
         for w in model.parameters():
             w.add_(1)
     other.load_state_dict(model.state_dict())
-    x = torch.randn(2, 2)
+    x = torch.randn(2, 2, device=device)
     assert torch.equal(model(x), other(x))
     assert set(model.state_dict()) == set(architecture.shapes())
     assert model.double()(x.double()).dtype == torch.float64

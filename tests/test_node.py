@@ -79,13 +79,16 @@ def test_spread_is_the_adjoint_of_collect(job: Job) -> None:
     assert_adjoint(collect, spread, y, torch.randn(C, 2, dtype=torch.float64))
 
 
-@given(jobs())
-def test_a_distributed_step_is_the_dense_one(job: Job) -> None:
+@given(job=jobs())
+def test_a_distributed_step_is_the_dense_one(device: torch.device, job: Job) -> None:
     """Loss, all gradients, and the bytes on every edge, on any graph, in one process."""
     transport = in_process(job)
-    worker = Worker(job, range(len(job.architecture.names)), transport)
+    worker = Worker(job, range(len(job.architecture.names)), transport, device=device)
     [result] = worker.train(1)
-    gradients = {i: agent.node.gradients for i, agent in worker.agents.items()}
+    gradients = {
+        i: {name: gradient.cpu() for name, gradient in agent.node.gradients.items()}
+        for i, agent in worker.agents.items()
+    }
     assert_matches_dense(job, result, gradients)
     assert_follows_plan(transport.sent, job.plan, job.architecture.patterns.S, job.batch, 8)
 

@@ -264,7 +264,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
 def test_a_resumed_run_is_summed_over_all_its_processes(tmp_path: Path) -> None:
     """Cut after three of four epochs, its last evaluation the worst."""
     run = tmp_path / "run"
-    job = tiny(training={"epochs": 4, "batch_size": 32})
+    job = tiny(training={"epochs": 4, "batch_size": 32, "on_nonfinite": "skip"})
 
     class Moody(LocalRunner):
         accuracies: ClassVar = [0.5, 0.9, 0.75, 0.25]
@@ -349,6 +349,22 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
         damage(folder / "a1.safetensors")
     with pytest.raises(CheckpointError, match=r"step-00000008/a1\.safetensors: its SHA-256"):
         hdnn_dist.load(run)
+
+
+def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path: Path) -> None:
+    job = tiny(training={"batch_size": 32, "epochs": 2})
+    run = create(job, tmp_path / "run")
+    hdnn_dist.fit(LocalRunner(job), run, tensorboard=False)
+    (run / "summary.json").unlink()
+    file = checkpoints(run)[-1] / "manifest.json"
+    good = file.read_bytes()
+    for k in range(0, len(good), 7):
+        content = bytearray(good)
+        content[k] ^= 1 << k % 8
+        file.write_bytes(content)
+        assert latest_checkpoint(run)[1].step == 2, content
+        if k % 50 == 0:
+            assert restore(LocalRunner(reopen(run)), run) == 2
 
 
 def test_what_a_run_has_left_behind_it_does_not_come_back(tmp_path: Path) -> None:
@@ -450,6 +466,25 @@ def test_a_number_that_is_not_finite_is_named_where_it_came_from(tmp_path: Path)
     assert not has_checkpoint(tmp_path / "run")
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("activations", ["store", "recompute"])
+def test_an_evaluation_that_is_not_finite_stops_the_run_or_is_told(
+    policy: str, activations: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = {"epochs": 2, "on_nonfinite": policy, "activations": activations}
+    job, run = tiny(training=training), tmp_path / "run"
+    said = "step 1: the test set's state y_0 of agent 'b' is not finite"
+    runner = LocalRunner(job)
+    runner.worker.agents[1].features("test")[3] = math.inf
+    if policy == "stop":
+        with pytest.raises(RunError, match=f"^{said}; the checkpoints before it are good"):
+            hdnn_dist.fit(runner, create(job, run), tensorboard=False)
+        assert not has_checkpoint(run)
+    else:
+        assert math.isnan(hdnn_dist.fit(runner, create(job, run), tensorboard=False).test_loss)
+        assert said in caplog.text
+
+
 def test_a_step_that_is_not_finite_is_skipped_by_all_agents(tmp_path: Path) -> None:
     class Skips(Listener):
         def __init__(self) -> None:
@@ -486,6 +521,15 @@ def test_where_a_weight_that_is_not_finite_is_felt(name: str, what: str) -> None
         runner.worker.agents[0].weights[name][0, 0] = math.nan
     runner.train(1)
     assert min(runner.faults()).what == what
+
+
+def test_a_gradient_that_is_not_finite_is_named_with_its_layer() -> None:
+    runner = LocalRunner(tiny(model={"layers": 4}, training={"alpha": 1e6}))
+    with torch.no_grad():  # finite, unlike its difference to its neighbours times alpha
+        runner.worker.agents[1].weights["Kp"][2] = 1e35
+    runner.train(1)
+    found = {fault.agent: fault.what for fault in runner.faults()}
+    assert found["b"] == "the gradient of Kp in layer 1"
 
 
 def test_a_run_that_is_told_to_stop_saves_this_very_step(tmp_path: Path) -> None:
@@ -615,6 +659,20 @@ def test_an_agent_joins_at_a_checkpoint_with_fresh_weights(tmp_path: Path) -> No
         assert torch.equal(b[f"weights/{K}"][..., of_c], fresh[1][f"weights/{K}"][..., of_c])
         assert not torch.equal(b[f"weights/{K}"][..., :4], fresh[1][f"weights/{K}"][..., :4])
         assert not b[f"optimizer/{K}/exp_avg"][..., of_c].any()
+
+
+def test_what_is_new_is_fresh_whatever_was_loaded_before(tmp_path: Path) -> None:
+    job, run = path(), create(path(), tmp_path / "run")
+    some = LocalRunner(job.without(["c"]))
+    some.train(4)
+    write_checkpoint(run, 4, state_digest(job), Totals(), some.save)
+    fresh, used = LocalRunner(job), LocalRunner(job)
+    used.train(8)
+    assert restore(fresh, run) == restore(used, run) == 4
+    for one, other in zip(fresh.worker.agents.values(), used.worker.agents.values(), strict=True):
+        expected, state = one.state(), other.state()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ NEEDED = {
     "line",
     "star",
     "mnist-grid16",
+    "mnist-grid16-best",
     "small-world",
     "random-geometric",
     "edge-fog-cloud",
@@ -33,7 +34,8 @@ def test_all_of_them_are_there() -> None:
 def test_it_trains(path: Path, folder: Path) -> None:
     # As many samples as a batch: every step sees the same ones, so the loss has to fall.
     overrides = ["training.batch_size=64", "data.train_samples=64"]
-    overrides += ["training.dtype=float64", "training.shift=0", "training.optimizer.lr=0.003"]
+    overrides += ["training.dtype=float64", "training.shift=0", "training.distort=null"]
+    overrides.append("training.optimizer.lr=0.003")
     if Job.load(path).data.name == "mnist":
         overrides.append(f"data.dir={folder}")
     job = Job.load(path, overrides)

@@ -17,7 +17,7 @@ from hdnn_dist.errors import CheckpointError, StorageError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.run import create, reopen
-from hdnn_dist.storage import Log, Place, kind, names, place, read, read_text, remove, write
+from hdnn_dist.storage import Log, Place, kind, lines, names, place, read, read_text, remove, write
 from hdnn_dist.trainer import LocalRunner
 
 TINY = ["data.train_samples=128", "model.layers=1", "training.epochs=2"]
@@ -55,12 +55,12 @@ def test_files_are_written_read_and_removed(root: Place) -> None:
     assert (kind(root), names(root)) == (None, [])
     for content in (b"old", b"new"):
         write(root / "a" / "b", content)
-        assert read(root / "a" / "b") == content
+        assert read(root / "a" / "b", 99) == content
     assert (kind(root / "a"), kind(root / "a" / "b")) == ("directory", "file")
     assert names(root / "a") == ["b"]
     remove(root / "a")
     with pytest.raises(FileNotFoundError):
-        read(root / "a" / "b")
+        read(root / "a" / "b", 99)
     assert kind(root / "a") is None
 
 
@@ -69,12 +69,12 @@ def test_a_log_grows_and_starts_anew(root: Place) -> None:
     log = Log(root / "log", "1\n")
     log.append("2\n")
     log.append("3\n")
-    assert read(root / "log") == (b"1\n2\n3\n" if isinstance(root, Path) else b"1\n")
+    assert read(root / "log", 99) == (b"1\n2\n3\n" if isinstance(root, Path) else b"1\n")
     log.commit()
-    assert read(root / "log") == b"1\n2\n3\n"
+    assert read(root / "log", 99) == b"1\n2\n3\n"
     log.append("4\n")
     log.close()
-    assert read(root / "log") == b"1\n2\n3\n4\n"
+    assert read(root / "log", 99) == b"1\n2\n3\n4\n"
 
 
 @pytest.mark.parametrize(
@@ -196,11 +196,19 @@ def test_memory_is_refused_where_actors_would_write(capsys: pytest.CaptureFixtur
         hdnn_dist.fit(Elsewhere(), "memory://new/run")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("url", [False, True])
+def test_lines_are_read_up_to_one_that_is_too_long(url: bool, tmp_path: Path) -> None:
+    file = place("memory://lines/x") if url else tmp_path / "x"
+    write(file, b"12\n\n1234\n12345\n1\n")
+    assert list(lines(file, 5)) == [b"12\n", b"\n", b"1234\n"]
+    assert list(lines(file, 6))[3:] == [b"12345\n", b"1\n"]
+
+
 def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"12345")
     assert read(file, 5) == b"12345"
-    with pytest.raises(OSError, match="larger than 0 MiB") as caught:
+    with pytest.raises(OSError, match=r"larger than 3\.81e-06 MiB") as caught:
         read(file, 4)
     assert caught.value.errno == errno.EFBIG
     with pytest.raises(FileNotFoundError):

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from hdnn_dist.errors import AgreementError
 from hdnn_dist.exchange import Message, Round
 from hdnn_dist.node import Exchange
 from hdnn_dist.sparsity import BlockPattern
-from hdnn_dist.transport import SPARE, STAMP, InProcess, PointToPoint, _Frame, drive
+from hdnn_dist.transport import SPARE, STAMP, InProcess, Mail, PointToPoint, Staged, _Frame, drive
 
 phase = Round("states", (Message(0, 1, 2),))
 links = BlockPattern.of(3, [(0, 0), (1, 0), (1, 1), (2, 2)])  # 1 may hear from 0, not 0 from 1
@@ -118,6 +119,28 @@ def test_agents_are_resumed_in_their_own_rounds_alone() -> None:
     transport = Recorder(BlockPattern.of(3, [(1, 2), (0, 1)]), NAMES, torch.float32)
     assert drive(agents, transport, 3, [first, second]) == {0: 3.0, 1: 3.0, 2: 2.0}
     assert seen == ["2 to 1", 1, 2, "1 to 0", 0, 1]
+
+
+def test_what_leaves_the_process_goes_by_host_memory() -> None:
+    """On a device that is made up: nothing is computed, but where tensors lie is known."""
+    seen: dict[tuple[int, int], str] = {}
+
+    class Wire(PointToPoint):
+        def __init__(self) -> None:
+            InProcess.__init__(self, links, NAMES, torch.float32)
+            self.host, self.rank = (0, 1, 0), 0
+
+        def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
+            seen.update((link, tensor.device.type) for link, tensor in mail.items())
+            return {(0, 2): mail[0, 2], (1, 0): torch.ones(2, 3)}
+
+    with FakeTensorMode():
+        device = torch.device("cuda", 0)
+        there = {(0, 1): torch.ones(2, 3, device=device), (0, 2): torch.ones(2, 3, device=device)}
+        arrived = Staged(Wire(), device).exchange(phase, there, 3)
+    assert seen == {(0, 1): "cpu", (0, 2): "cuda"}
+    assert {tensor.device for tensor in arrived.values()} == {device}
+    assert arrived[0, 2] is there[0, 2]
 
 
 # --- between processes: ann, ben and eve have one each, and ben keeps to the plan -----------------

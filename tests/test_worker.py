@@ -15,15 +15,17 @@ from torch import Tensor
 
 from hdnn_dist.agent import Agent
 from hdnn_dist.data import share
+from hdnn_dist.errors import PlacementError
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.testing import assert_close, assert_matches_dense
 from hdnn_dist.trainer import LocalRunner
-from hdnn_dist.worker import Worker
+from hdnn_dist.worker import Worker, device_of
 from tests.strategies import in_process, jobs
 
 Result = TypeVar("Result")
+ONE, DEVICE = ("topology.edges=[]",), "cluster.device="
 
 BASE = (
     *("model.layers=2", "topology.d=2", "training.dtype=float64", "training.batch_size=10"),
@@ -157,6 +159,35 @@ def test_copies_write_a_checkpoint_once_and_know_its_checksums(tmp_path: Path) -
     assert workers[1].save(second) == workers[0].save(first)
     assert not second.exists()
     assert len(list(first.iterdir())) == 8
+
+
+@pytest.mark.parametrize(
+    ("wish", "gpu", "there", "found"),
+    [
+        ("auto", 0.5, True, "cuda:0"),
+        ("auto", 0.5, False, "cpu"),  # Ray gave one, but this torch cannot use it
+        ("auto", 0, True, "cpu"),
+        ("cpu", 1, True, "cpu"),
+        ("cuda", 0, True, "cuda:0"),
+    ],
+)
+def test_agents_compute_on_what_they_ask_for(
+    wish: str, gpu: float, there: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    job = Job.load(None, [f"topology.agents=[{{name: a, gpu: {gpu}}}]", *ONE, f"{DEVICE}{wish}"])
+    assert device_of(job, [0]) == torch.device(found)
+
+
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    job = Job.load(None, ["topology.agents=[a]", *ONE, f"{DEVICE}cuda"])
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(
+        PlacementError, match=r"agent\(s\) a on .* has no GPU; give these agents gpu"
+    ):
+        device_of(job, [0])
 
 
 def test_the_time_of_training_steps_is_told_agent_by_agent(monkeypatch: pytest.MonkeyPatch) -> None:
