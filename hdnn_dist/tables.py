@@ -38,7 +38,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Samples = tuple[Any, Any] | Dataset[Any]
 KINDS = (".csv", ".parquet", ".safetensors")
-MAX_FEATURES = 1_000_000
+MAX_NUMBERS = 1 << 31  # in a file
 LARGEST = 1e30  # of a feature, whose square float64 still holds
 
 
@@ -234,9 +234,10 @@ def _look(spec: DataSpec, part: Part) -> tuple[tuple[str, ...], int]:
         names = tuple(name for name in names if name != spec.target)
     if len(set(names)) < len(names):
         raise DataError(f"{file} has two columns of one name", "give each a name of its own")
-    if not (n and 0 < len(names) <= MAX_FEATURES):
+    if not (0 < n * len(names) <= MAX_NUMBERS):
         raise DataError(
-            f"{file} has {n} samples of {len(names)} features", "give it at least one of both"
+            f"{file} has {n} samples of {len(names)} features",
+            f"give at least one of both, and at most {MAX_NUMBERS} numbers",
         )
     return names, n
 
