@@ -101,8 +101,10 @@ def read_calibration(file: Place) -> Calibration:
 
     Raises:
         StorageError: the file cannot be read.
-        UserError: it holds no calibration.
+        UserError: it is not there, or holds no calibration.
     """
+    if not file.exists():
+        raise UserError(f"there is no {file}", "write it by hdnn-dist calibrate --out")
     try:
         return TypeAdapter(Calibration).validate_json(read_text(file))
     except ValidationError as error:
