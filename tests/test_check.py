@@ -309,7 +309,14 @@ def test_without_a_calibration_no_time_is_predicted() -> None:
 
 @pytest.mark.parametrize(("latency", "best"), [(1e-2, 1), (1e-7, 4)])
 def test_a_packing_is_suggested_where_it_is_faster(latency: float, best: int) -> None:
-    rest = {"step": 1e-3, "half_step": 1e-4, "message": 0.0, "number": 0.0, "send": 0.0}
+    rest = {
+        "step": 1e-3,
+        "half_step": 1e-4,
+        "message": 0.0,
+        "number": 0.0,
+        "keep": 0.0,
+        "send": 0.0,
+    }
     rates = {"small": 1e9, "large": 1e9, "bandwidth": 1e9}
     measured = Calibration("h", "d", "t", cores=4, latency=latency, **rest, **rates)
     cluster = {"agents_per_actor": 2}
