@@ -489,6 +489,25 @@ def test_a_token_is_shown_by_a_program_that_imported_ray_before(
     assert done.returncode == 0, done.stderr
 
 
+def test_a_ray_of_ones_own_asks_for_a_token_from_the_start() -> None:
+    code = (
+        "import ray; from hdnn_dist.cluster import RayRunner, _admits, _token\n"
+        "from hdnn_dist.job import Job\n"
+        f"RayRunner(Job.load(None, {[*TINY, 'topology.agents=1', 'topology.edges=[]']}))\n"
+        "address = ray.get_runtime_context().gcs_address\n"
+        "print(_admits(address), _admits(address, 'guess' * 8), _admits(address, _token()[1]))"
+    )
+    with tempfile.TemporaryDirectory(prefix="hdnn") as home:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment(Path(home)),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.stdout == "False False True\n", done.stderr
+
+
 def test_a_cluster_without_a_token_is_joined_with_a_warning(heads: tuple[str, str, Path]) -> None:
     _, unguarded, folder = heads
     for home in "token", "open":  # a token of one's own is not in the way
