@@ -141,7 +141,9 @@ def main() -> None:
             f"cluster.max_restarts={3 * o.kills}",
         ],
     )
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     killer = Killer(cluster, o.kills, o.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -119,7 +119,9 @@ class Loses(Listener):
 
 
 def go_on_with_fewer_machines(folder: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
@@ -162,7 +164,9 @@ def test_a_run_goes_on_with_the_machines_that_are_left_or_says_that_there_are_no
 
 
 def lose_machines_while_the_group_forms(folder: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     nodes = [cluster.add_node(num_cpus=1) for _ in range(4)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     kinds = ["stopped machine", "machine", "raylet"]
@@ -335,7 +339,9 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 @pytest.fixture
 def machine() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
     yield cluster
     cluster.shutdown()
 
