@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py --data-dir FOLDER_OF_THE_IDX_FILES
 
-The job is `topologies/mnist-grid16.yaml`: 16 agents on a grid, 7x7 pixels each. One after the other,
-from the same initial weights, with the same order of samples, batches, shifts of each agent's pixels
-and learning rates:
+The job is `topologies/mnist-grid16.yaml`: 16 agents on a grid, 7x7 pixels each. One after the
+other, from the same initial weights, with the same order of samples, batches, shifts of pixels and
+learning rates:
 
     DDP           the dense model in two processes, half a batch each, gradients averaged by gloo
     dense         the dense model in this process, two threads
