@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hdnn_dist.page import write_page
     from hdnn_dist.report import analyze, analyze_layers
     from hdnn_dist.run import regroup
+    from hdnn_dist.tables import write_table
     from hdnn_dist.topology import Topology
     from hdnn_dist.trainer import Listener, LocalRunner, Summary, Trainer
 
@@ -46,6 +47,7 @@ _HOME = {
     "regroup": "run",
     "train": "api",
     "write_page": "page",
+    "write_table": "tables",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "regroup",
     "train",
     "write_page",
+    "write_table",
 ]
 
 

@@ -35,7 +35,9 @@ ALONE: tuple[tuple[str, dict[str, int], int, int, int], ...] = (
     ("cycle_graph", {"n": 4}, 2, 16, 8),
     ("complete_graph", {"n": 12}, 2, 4, 8),
     ("cycle_graph", {"n": 4}, 16, 8, 512),
+    ("cycle_graph", {"n": 4}, 32, 12, 512),
     ("cycle_graph", {"n": 4}, 96, 4, 64),
+    ("complete_graph", {"n": 8}, 16, 4, 256),
     ("grid_2d_graph", {"m": 8, "n": 8}, 4, 4, 16),
 )
 
@@ -85,6 +87,7 @@ def calibrate(
         half_step=0.0,
         message=0.0,
         number=0.0,
+        keep=0.0,
         small=small,
         large=large,
         latency=0.0,
@@ -113,12 +116,11 @@ def _product_rates() -> tuple[float, float]:
         return min(_timed(lambda: [K @ y for _ in range(calls)]) for _ in range(9)) / calls
 
     call = seconds(1, 1, 1)
-    d, batch = 8, SMALL // (2 * 8 * 24)  # three agents' states of 8 numbers each
-    D, large_batch = 384, LARGE // (2 * 128 * 384)
-    return (
-        2 * d * 24 * batch / max(1e-9, seconds(d, 24, batch) - call),
-        2 * 128 * D * large_batch / max(1e-9, seconds(128, D, large_batch) - call),
-    )
+    rates = []
+    for d, flops in ((16, SMALL), (128, LARGE)):  # an agent's states, and those of five
+        B = flops // (2 * d * 5 * d)
+        rates.append(2 * d * 5 * d * B / max(1e-9, seconds(d, 5 * d, B) - call))
+    return rates[0], rates[1]
 
 
 def _with_arithmetic(constants: Calibration) -> Calibration:
@@ -133,13 +135,13 @@ def _with_arithmetic(constants: Calibration) -> Calibration:
         runner = LocalRunner(job)
         runner.worker.load_data()
         total = step_seconds(runner)
-        amounts = [[1, w.half_steps, w.messages, w.numbers] for w in work]
+        amounts = [[1, w.half_steps, w.messages, w.numbers, w.kept] for w in work]
         rows.append(np.sum(amounts, 0) / total)  # all jobs count alike
         times.append(max(0.0, total - products) / total)
     scale = np.max(rows, 0)
     found, _ = nnls(np.array(rows) / scale, np.array(times))
-    step, half_step, message, number = (found / scale).tolist()
-    return replace(constants, step=step, half_step=half_step, message=message, number=number)
+    names = "step", "half_step", "message", "number", "keep"
+    return replace(constants, **dict(zip(names, (found / scale).tolist(), strict=True)))
 
 
 def _with_messages(constants: Calibration, address: str | None) -> Calibration:

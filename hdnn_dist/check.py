@@ -381,6 +381,12 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
             f"{len(homeless)} of {len(report.actors)} actors find no place; the first, of "
             f"{_few(first.agents)}, asks for {', '.join(asked)}: ask for less, or add machines"
         )
+    without = [actor for actor in report.actors if not actor.resources.get("GPU")]
+    if without and job.spec.cluster.device == "cuda":
+        yield (
+            f"cluster.device is cuda, but {len(without)} of {len(report.actors)} actors ask for no "
+            f"GPU; the first, of {_few(without[0].agents)}: give its agents gpu (1, or a part)"
+        )
     weights, memory = report.parameters * job.dtype.itemsize, psutil.virtual_memory().total
     if weights > memory:
         yield (

@@ -47,6 +47,7 @@ from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part, ensure_available
+from hdnn_dist.direct import Direct
 from hdnn_dist.errors import (
     AgreementError,
     HdnnError,
@@ -84,6 +85,7 @@ class AgentActor:
         self._timeout = 0.0
         self._near: Sockets | None = None
         self._meetings = 0  # in this group
+        self._direct = False
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
@@ -104,12 +106,28 @@ class AgentActor:
         )
         return address, port
 
+    def gpu(self) -> str | None:
+        """What tells the GPU here from all others; None if there is none that torch can use."""
+        return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
+
     def join(
-        self, meeting: tuple[str, int], rank: int, size: int, timeout: float, copies: int = 1
+        self,
+        meeting: tuple[str, int],
+        rank: int,
+        size: int,
+        timeout: float,
+        copies: int = 1,
+        direct: bool = False,
     ) -> None:
         """Become `rank` of a torch.distributed group of `size`; leave the one before, if any.
 
-        With several copies of the agents, the ranks of each follow those of the one before.
+        Args:
+            meeting: where the group meets.
+            rank: of this process.
+            size: of the group.
+            timeout: of its operations, in seconds.
+            copies: of the agents; the ranks of each follow those of the one before.
+            direct: whether every rank has a GPU of its own, between which NCCL carries messages.
         """
         self.leave()
         limit = datetime.timedelta(seconds=timeout)
@@ -120,9 +138,12 @@ class AgentActor:
         self._timeout, self._meetings = timeout, 0
         if rank != 0:
             self._store = dist.TCPStore(*meeting, timeout=limit)
+        backend = "cpu:gloo,cuda:nccl" if direct else "gloo"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={os.environ['GLOO_SOCKET_IFNAME']}")
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an error, and not the end of the process
         try:
             dist.init_process_group(
-                "gloo", store=self._store, rank=rank, world_size=size, timeout=limit
+                backend, store=self._store, rank=rank, world_size=size, timeout=limit
             )
         except RuntimeError as error:
             if "unsupported gloo device" not in str(error):
@@ -133,12 +154,15 @@ class AgentActor:
                 f"unset {TLS} and encrypt the links with WireGuard (deploy/wireguard), or install "
                 "a torch whose gloo was built with TLS",
             ) from None
+        self._direct, device = direct, torch.device("cuda" if direct else "cpu")
+        if direct:  # messages may only follow upon something that all ranks take part in
+            dist.all_reduce(torch.zeros(1, device=device))
         if copies > 1:
             actors = size // copies
             group = dist.new_group(
                 range(rank % actors, size, actors), limit, use_local_synchronization=True
             )
-            self._replicas = Replicas(rank // actors, copies, group)
+            self._replicas = Replicas(rank // actors, copies, group, device)
 
     def leave(self) -> None:
         """Leave the group."""
@@ -159,8 +183,11 @@ class AgentActor:
         transport: Transport = InProcess(*common)
         if len(packing) > 1:
             ranks = [first + rank for rank in hosts(packing)]
-            wired = PointToPoint(*common, ranks, job.digest, dist.get_rank(), Gloo())
-            transport = wired if device.type == "cpu" else Staged(wired, device)
+            if self._direct:
+                transport = Direct(*common, ranks, job.digest, device)
+            else:
+                wired = PointToPoint(*common, ranks, job.digest, dist.get_rank(), Gloo())
+                transport = wired if device.type == "cpu" else Staged(wired, device)
         self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()
         return job.digest
@@ -173,7 +200,10 @@ class AgentActor:
         """
         self._hang_up()
         transport = self.worker.transport
-        assert isinstance(transport, PointToPoint)
+        if isinstance(transport, Staged):
+            transport = transport.inner
+        if not isinstance(transport, PointToPoint):  # a copy in one process, or GPUs apart
+            return
         assert self._store is not None
         self._meetings += 1
         meeting = f"meeting {self._meetings}"
@@ -432,12 +462,8 @@ class RayRunner:
         size, copies = len(self._actors), self.job.spec.cluster.replicas
         if size > 1:
             [meeting] = self._ask([(0, "open_store", (self.patience,))])
-            self._ask(
-                [
-                    (rank, "join", (meeting, rank, size, self.patience, copies))
-                    for rank in range(size)
-                ]
-            )
+            group, direct = (size, self.patience, copies), self._has_gpus_apart()
+            self._ask([(rank, "join", (meeting, rank, *group, direct)) for rank in range(size)])
         digests = self._ask(
             [
                 (rank, "host", (self.job.spec, agents, self.packing, self.job.absent))
@@ -452,6 +478,15 @@ class RayRunner:
                 )
         if size > 1 and self.job.spec.cluster.wire == "auto":
             self._all("connect")
+
+    def _has_gpus_apart(self) -> bool:
+        """Whether every actor computes on a GPU that no other has."""
+        agents, cluster = self.job.topology.agents, self.job.spec.cluster
+        wanted = (any(agents[i].gpu for i in members) for members in self.packing)
+        if cluster.device == "cpu" or not all(wanted):
+            return False
+        gpus = self._all("gpu")
+        return None not in gpus and len(set(gpus)) == len(gpus)
 
     def describe(self) -> str:
         """See `Runner`; so too below."""

@@ -6,10 +6,11 @@ wait for one another, and for cores::
     step     = share(Σ_i arithmetic_i) + Σ_rounds (latency + share(send · messages_k)
                                                    + share(bytes_k) / bandwidth)
     arithmetic_i = step + half_step · (passes through half steps) + message · (messages sent)
-                 + number · (numbers passed over) + Σ_products flops / rate(flops)
+                 + number · (numbers passed over) + keep · (numbers kept for the adjoint)
+                 + Σ_products flops / rate(flops)
 
 where rounds are those in which anything passes between actors, and messages and bytes are what an
-actor `k` sends and receives in one. The nine constants are a `Calibration`, which
+actor `k` sends and receives in one. The ten constants are a `Calibration`, which
 `hdnn-dist calibrate` measures. Processors are taken to have nothing else to do.
 """
 
@@ -30,7 +31,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.placement import Packing, hosts
 from hdnn_dist.storage import Place, read_text
 
-SMALL, LARGE = 50_000, 30_000_000  # FLOPs of the products whose rates are measured
+SMALL, LARGE = 500_000, 30_000_000  # FLOPs of the products whose rates are measured
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -47,6 +48,7 @@ class Calibration:
         half_step: of an agent, a half step forward; its adjoint counts twice.
         message: to hand a message to an agent of the same process.
         number: to pass over a number once, in an elementwise operation.
+        keep: to keep a number for the adjoint, in memory that a step uses for the first time.
         small, large: FLOP/s of products of `SMALL` and of `LARGE` FLOPs.
         latency: until what another process sends is there.
         send: of a core, for a message between processes, at each end.
@@ -61,6 +63,7 @@ class Calibration:
     half_step: Seconds
     message: Seconds
     number: Seconds
+    keep: Seconds
     small: Rate
     large: Rate
     latency: Seconds
@@ -82,6 +85,7 @@ class Calibration:
             + self.half_step * work.half_steps
             + self.message * work.messages
             + self.number * work.numbers
+            + self.keep * work.kept
             + sum(times * self.product(flops) for flops, times in work.products.items())
         )
 
@@ -97,8 +101,10 @@ def read_calibration(file: Place) -> Calibration:
 
     Raises:
         StorageError: the file cannot be read.
-        UserError: it holds no calibration.
+        UserError: it is not there, or holds no calibration.
     """
+    if not file.exists():
+        raise UserError(f"there is no {file}", "write it by hdnn-dist calibrate --out")
     try:
         return TypeAdapter(Calibration).validate_json(read_text(file))
     except ValidationError as error:
@@ -117,12 +123,14 @@ class Work:
         half_steps: passes: one forward, two for the adjoint, one more if states are recomputed.
         messages: that it sends.
         numbers: that elementwise operations and the optimiser pass over.
+        kept: numbers kept for the adjoint; recomputed states are not.
         products: how many products of so many FLOPs.
     """
 
     half_steps: int
     messages: int
     numbers: float
+    kept: int
     products: Counter[int]
 
 
@@ -131,7 +139,8 @@ def work_of(job: Job) -> list[Work]:
 
     A half step `u = C Kᵀ σ(K y + b)` of an agent with `d` rows that reads `D` is a product of
     `2 d D B` FLOPs for `K y`, one for `Kᵀ s` and one for `C z`; the adjoint has two for each. About
-    12 d + 4 D numbers a sample are passed over in all, and 20 for each parameter.
+    12 d + 4 D numbers a sample are passed over in all, and 3 d + D kept; for each parameter 20 are
+    passed over.
     """
     architecture, plan, B = job.architecture, job.plan, job.batch
     sent: Counter[int] = Counter()
@@ -145,12 +154,13 @@ def work_of(job: Job) -> list[Work]:
     graphs = Counter(architecture.patterns.T)
     result = []
     for i, d in enumerate(sizes):
-        numbers = 20.0 * architecture.count(i)
+        numbers, kept = 20.0 * architecture.count(i), 0
         products: Counter[int] = Counter()
         for T, layers in graphs.items():
             D = sum(sizes[l] for l in T.rows[i])
             products[2 * d * D * B] += passes * (arguments + pulls) * layers
             numbers += passes / 3 * len(updates) * layers * B * (12 * d + 4 * D)
+            kept += 0 if plan.recompute else len(updates) * layers * B * (3 * d + D)
         if couplings:
             D = sum(sizes[l] for l in architecture.patterns.R.rows[i])
             products[2 * d * D * B] += passes * couplings * plan.depth
@@ -158,7 +168,7 @@ def work_of(job: Job) -> list[Work]:
         products[2 * width * len(architecture.columns[i]) * B] += 2
         products[2 * width * architecture.classes * B] += 3
         half_steps = passes * len(updates) * plan.depth
-        result.append(Work(half_steps, sent[i], numbers, products))
+        result.append(Work(half_steps, sent[i], numbers, kept, products))
     return result
 
 

@@ -8,7 +8,8 @@ message.
 
 Sets: scikit-learn's handwritten digits (bundled, 8x8), MNIST (IDX files, 28x28), and the 2-D sets
 of Galimberti, Furieri, Xu, Ferrari-Trecate (arXiv 2105.13205), whose zero-augmented state is
-the encoder's affair.
+the encoder's affair; and a user's own tables (`hdnn_dist.tables`), each feature less its mean
+and over its deviation.
 """
 
 from __future__ import annotations
@@ -25,8 +26,17 @@ import numpy.typing as npt
 
 from hdnn_dist.errors import DataError, SpecError, did_you_mean
 from hdnn_dist.mnist import IMAGE, SAMPLES, Array, Part, ensure_available, locate_mnist, read_mnist
-from hdnn_dist.spec import AutoSplit, DataName, DataSpec, IndexSplit, PatchSplit, StripeSplit
+from hdnn_dist.spec import (
+    AutoSplit,
+    ColumnSplit,
+    DataName,
+    DataSpec,
+    IndexSplit,
+    PatchSplit,
+    StripeSplit,
+)
 from hdnn_dist.storage import check_regular
+from hdnn_dist.tables import class_names, describe_table, read_classes, read_columns
 
 __all__ = [
     "DataInfo",
@@ -42,6 +52,7 @@ __all__ = [
     "load_labels",
     "load_rows",
     "locate_mnist",
+    "moments",
     "scaled",
     "share",
     "shift_images",
@@ -105,12 +116,17 @@ def describe(spec: DataSpec) -> DataInfo:
     Raises:
         SpecError: more samples are asked for than there are, or a folder for a set without files.
     """
-    info = SETS[spec.name]
-    if spec.dir is not None and spec.name != "mnist":
+    if spec.name == "table":
+        table, classes = describe_table(spec), class_names(spec)
+        assert classes is not None
+        info = DataInfo("table", len(table.names), len(classes), None, table.train, table.test)
+    else:
+        info = SETS[spec.name]
+    if spec.dir is not None and spec.name not in ("mnist", "table"):
         raise SpecError(
             ("data", "dir"),
             f"{spec.name} is built in and reads no folder, but {spec.dir} is given",
-            "leave it out, or set data.name to mnist",
+            "leave it out, or set data.name to mnist or table",
         )
     train, test = spec.train_samples or info.train, spec.test_samples or info.test
     for part, samples, there in (("train", train, info.train), ("test", test, info.test)):
@@ -137,6 +153,8 @@ def split_features(spec: DataSpec, info: DataInfo, names: Sequence[str]) -> tupl
         SpecError: the split names unknown agents or does not fit the data set.
     """
     split = spec.split
+    if isinstance(split, ColumnSplit):
+        split = _by_index(spec, split)
     if isinstance(split, IndexSplit):
         views = _explicit(split, info, names)
     else:
@@ -162,6 +180,23 @@ def _check_names(
         if name in seen:
             raise SpecError(place, f"agent {name!r} is named twice", "name it once")
         seen.add(name)
+
+
+def _by_index(spec: DataSpec, split: ColumnSplit) -> IndexSplit:
+    """The split with columns by their numbers."""
+    loc = ("data", "split", "columns")
+    if spec.name != "table":
+        raise SpecError(loc, f"{spec.name} has no names of columns", "use a split of kind indices")
+    place = {name: k for k, name in enumerate(describe_table(spec).names)}
+    for agent, names in split.columns.items():
+        for k, name in enumerate(names):
+            if name not in place:
+                problem = f"the table has no feature {name!r}"
+                raise SpecError((*loc, agent, k), problem, did_you_mean(name, place))
+    return IndexSplit(
+        kind="indices",
+        indices={agent: [place[name] for name in names] for agent, names in split.columns.items()},
+    )
 
 
 def _explicit(split: IndexSplit, info: DataInfo, names: Sequence[str]) -> dict[str, View]:
@@ -243,6 +278,10 @@ def load_features(spec: DataSpec, part: Part, columns: Sequence[int]) -> Floats:
     x_BF = np.empty((describe(spec).samples(part), len(columns)), np.float32)
     if not len(columns):
         return x_BF
+    if spec.name == "table":
+        raw = read_columns(spec, part, columns)[: len(x_BF)]
+        x_BF[:] = _standardised(spec, raw, columns)
+        return x_BF
     start, index = 0, np.asarray(columns, np.intp)
     for block in _raw(spec, part):
         x_BF[start : start + len(block)] = scaled(spec.name, block[:, index])
@@ -278,6 +317,8 @@ def load_labels(spec: DataSpec, part: Part) -> Ints:
     """
     info = describe(spec)
     n = info.samples(part)
+    if spec.name == "table":
+        return read_classes(spec, part)[:n]
     if spec.name != "mnist":
         return _embedded(spec.name, part)[1][:n]
     folder = locate_mnist(spec)
@@ -299,7 +340,7 @@ def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
     Raises:
         DataError: the file is missing, damaged, of another shape, or holds impossible values.
     """
-    info = SETS[spec.name]
+    info = describe(spec)
     shapes = [(info.features,)] + ([info.image] if info.image else [])
     wanted = " or ".join(str(("n", *shape)).replace("'", "") for shape in shapes)
     mend = f"write it with numpy.save as an array of numbers of shape {wanted}"
@@ -324,7 +365,24 @@ def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
             f"{path} holds values that are not finite or not raw values of {spec.name}",
             f"give pixels from 0 to {white:g}" if info.image else "give finite coordinates",
         )
+    if spec.name == "table":
+        return _standardised(spec, x_BF, columns)
     return scaled(spec.name, x_BF)
+
+
+def moments(spec: DataSpec, columns: Sequence[int]) -> tuple[Array, Array]:
+    """Mean and deviation of a table's features over the training set.
+
+    A feature that never changes has the deviation 1.
+    """
+    x_BF = read_columns(spec, "train", columns)[: describe(spec).train]
+    std = x_BF.std(0)
+    return x_BF.mean(0), np.where(std > 0, std, 1.0)
+
+
+def _standardised(spec: DataSpec, raw: Array, columns: Sequence[int]) -> Floats:
+    mean, std = moments(spec, columns)
+    return ((raw - mean) / std).astype(np.float32)
 
 
 def background(name: DataName) -> float:

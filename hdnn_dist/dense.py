@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hdnn_dist.api import load
 from hdnn_dist.checkpoint import latest_checkpoint, write_json
-from hdnn_dist.data import PIXELS
+from hdnn_dist.data import PIXELS, moments
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
@@ -119,7 +119,14 @@ def _onnx(program: torch.export.ExportedProgram) -> bytes:
 
 
 def _description(job: Job, step: int) -> dict[str, Any]:
-    white, mean, std = PIXELS.get(job.data.name, (1.0, 0.0, 1.0))
+    white: float
+    mean: Any
+    std: Any
+    if job.data.name == "table":
+        columns = moments(job.spec.data, range(job.data.features))
+        white, (mean, std) = 1.0, (column.tolist() for column in columns)
+    else:
+        white, mean, std = PIXELS.get(job.data.name, (1.0, 0.0, 1.0))
     return {
         "data": job.data.name,
         "step": step,

@@ -160,7 +160,7 @@ class _Plain(LogFormatter):
     """Labels of a logarithmic axis as numbers; the default ones are mathematics."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:.3g}" if super().__call__(x, pos) else ""
+        return f"{x:.4g}" if super().__call__(x, pos) else ""
 
 
 def _make_logarithmic(axes: Axes) -> None:

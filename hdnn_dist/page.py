@@ -275,7 +275,7 @@ def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
     last = [own.agents for own in runs[-1]] if runs else []
     if {name for agents in last for name in agents} != set(job.topology.names):
         return {}
-    shares = {}
+    shares: dict[str, Share] = {}
     for k, agents in enumerate(last):
         own = [times for actors in runs for times in actors if times.agents == agents]
         steps = sum(times.steps for times in own)
@@ -283,8 +283,10 @@ def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
         compute = [sum(column) / steps for column in zip(*(t.compute for t in own), strict=True)]
         wait = sum(times.wait for times in own) / steps
         send = max(0.0, total - sum(compute) - wait)
-        for name, mine in zip(agents, compute, strict=True):
-            shares[name] = Share(k, own[-1].node, (mine, send, wait + sum(compute) - mine))
+        for name, mine in zip(agents, compute, strict=True):  # of copies, the first one's actor
+            shares.setdefault(
+                name, Share(k, own[-1].node, (mine, send, wait + sum(compute) - mine))
+            )
     return shares
 
 

@@ -19,12 +19,18 @@ class Replicas:
         copy: which of the copies this process is in, from 0.
         copies: how many there are.
         group: of their processes; one alone needs none.
+        device: where the group adds.
     """
 
     def __init__(
-        self, copy: int = 0, copies: int = 1, group: dist.ProcessGroup | None = None
+        self,
+        copy: int = 0,
+        copies: int = 1,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.copy, self.copies, self.group = copy, copies, group
+        self.device = torch.device("cpu") if device is None else device
         self.waited = 0.0  # seconds so far, for sums
 
     def add(self, summands: Sequence[Tensor]) -> None:
@@ -35,7 +41,7 @@ class Replicas:
         """
         if self.copies == 1 or not summands:
             return
-        total = torch.cat([tensor.flatten() for tensor in summands]).cpu()
+        total = torch.cat([tensor.flatten() for tensor in summands]).to(self.device)
         started = time.perf_counter()
         try:
             dist.all_reduce(total, group=self.group)

@@ -37,6 +37,7 @@ Ratio = Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0, le=10**9)]
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Threads = Annotated[int, Field(gt=0, le=1024)]
+Classes = Annotated[int, Field(ge=2, le=MAX_SIZE)]
 Pixels = Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -354,14 +355,22 @@ class IndexSplit(Section):
     )
 
 
+class ColumnSplit(Section):
+    """Names of a table's columns per agent."""
+
+    kind: Literal["columns"]
+    columns: dict[AgentName, list[str]]
+
+
 Split = Annotated[
     Annotated[AutoSplit, Tag("AutoSplit")]
     | Annotated[PatchSplit, Tag("PatchSplit")]
     | Annotated[StripeSplit, Tag("StripeSplit")]
-    | Annotated[IndexSplit, Tag("IndexSplit")],
-    _by_key("kind", AutoSplit, PatchSplit, StripeSplit, IndexSplit),
+    | Annotated[IndexSplit, Tag("IndexSplit")]
+    | Annotated[ColumnSplit, Tag("ColumnSplit")],
+    _by_key("kind", AutoSplit, PatchSplit, StripeSplit, IndexSplit, ColumnSplit),
 ]
-DataName = Literal["digits", "mnist", "swiss_roll", "double_circles", "double_moons"]
+DataName = Literal["digits", "mnist", "swiss_roll", "double_circles", "double_moons", "table"]
 
 
 class DataSpec(Section):
@@ -371,7 +380,22 @@ class DataSpec(Section):
     dir: str | None = Field(
         default=None,
         description="Folder of the MNIST files, relative to this file's; default: $HDNN_DATA, "
-        "then the cache.",
+        "then the cache. Of a table: the folder of its files train and test, as .csv, .parquet or "
+        ".safetensors.",
+    )
+    target: str = Field(
+        default="target", description="The column of a table that holds the classes."
+    )
+    classes: (
+        Annotated[
+            Annotated[Classes, Tag("count")]
+            | Annotated[list[str], Field(min_length=2), Tag("list")],
+            _by_shape("a list of names, or how many", count=(int,), list=(list,)),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="The classes of a table, in order, or how many whole numbers from 0.",
     )
     split: Split = AutoSplit()
     train_samples: Count | None = Field(default=None, description="Use only the first so many.")

@@ -31,22 +31,32 @@ from typing import Any, TypeAlias
 
 import networkx as nx
 import numpy as np
+import pyarrow as arrow
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import hdnn_dist
 from hdnn_dist import data, mnist
 from hdnn_dist.check import examine, render, this_machine
 from hdnn_dist.checkpoint import checksum, seal
 from hdnn_dist.cli import main as command_line
-from hdnn_dist.data import DataInfo, ensure_available, load_features, load_labels, load_rows
+from hdnn_dist.data import (
+    DataInfo,
+    describe,
+    ensure_available,
+    load_features,
+    load_labels,
+    load_rows,
+)
 from hdnn_dist.errors import LONGEST, HdnnError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.reader import read_spec, spec_from_dict
 from hdnn_dist.run import finished, reopen
 from hdnn_dist.spec import DataSpec
+from hdnn_dist.tables import write_table
 from hdnn_dist.topology import Topology, read_matrix
 from hdnn_dist.trainer import LocalRunner, restore
 from tests.mnist_files import idx
@@ -200,6 +210,46 @@ def images(folder: Path) -> tuple[st.SearchStrategy[tuple[str, bytes]], Try]:
     return st.one_of(broken, packed, repacked, rows), attempt
 
 
+def tables(folder: Path) -> tuple[st.SearchStrategy[tuple[str, bytes]], Try]:
+    """A user's tables: training files of each kind damaged, in their parts changed, any bytes."""
+    x, y = np.arange(24.0).reshape(8, 3), np.arange(8) % 2
+    write_table(folder, (x, y), (x, y), ["a", "b, c", "d"])
+    header = 'a,"b, c",d,t\n'
+    text = header + "".join(f"{a},{b},{c},{k}\n" for (a, b, c), k in zip(x, y, strict=True))
+    columns = dict(zip(("a", "b, c", "d", "t"), (*x.T, y), strict=True))
+    parquet.write_table(arrow.table(columns), folder / "train.parquet")
+    whole = {
+        ".csv": text.encode(),
+        ".parquet": (folder / "train.parquet").read_bytes(),
+        ".safetensors": (folder / "train.safetensors").read_bytes(),
+    }
+    length = int.from_bytes(whole[".safetensors"][:8], "little")
+    parts = json.loads(whole[".safetensors"][8 : 8 + length])
+    spec = DataSpec.model_validate(
+        {"name": "table", "dir": str(folder), "target": "t", "classes": 2}
+    )
+
+    def attempt(named: tuple[str, bytes]) -> None:
+        suffix, content = named
+        for part, written in (("train", content), ("test", whole[suffix])):
+            for kind in whole:
+                (folder / f"{part}{kind}").unlink(missing_ok=True)
+            (folder / f"{part}{suffix}").write_bytes(written)
+        columns = range(describe(spec).features)
+        for part in ("train", "test"):
+            assert np.isfinite(load_features(spec, part, columns)).all()
+            load_labels(spec, part)
+
+    rest = whole[".safetensors"][8 + length :]
+    return st.one_of(
+        st.sampled_from(sorted(whole.items())).flatmap(
+            lambda item: st.tuples(st.just(item[0]), damaged(item[1]))
+        ),
+        changed(parts).map(lambda value: (".safetensors", _tensors(value, rest))),
+        st.tuples(st.sampled_from(sorted(whole)), st.binary(max_size=200)),
+    ), attempt
+
+
 def checkpoint(folder: Path) -> tuple[st.SearchStrategy[tuple[str, bytes, bool]], Try]:
     """Run directories with one file damaged, or changed in its parts; also with its new SHA-256."""
     logging.disable()  # it warns of each damaged checkpoint
@@ -334,7 +384,7 @@ def _paths(value: Any, at: str = "") -> Iterator[str]:
         yield from _paths(inner, f"{at}.{key}" if at else str(key))
 
 
-TARGETS = {target.__name__: target for target in (spec, graph, images, checkpoint, cli)}
+TARGETS = {target.__name__: target for target in (spec, graph, images, tables, checkpoint, cli)}
 
 
 # --- running them --------------------------------------------------------------------------------

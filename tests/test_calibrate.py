@@ -9,7 +9,7 @@ from hdnn_dist import calibrate
 from hdnn_dist.cost import Calibration, predict
 from hdnn_dist.trainer import LocalRunner
 
-BLANK = Calibration("h", "d", "t", 2, 0.0, 0.0, 0.0, 0.0, 1e10, 1e11, 0.0, 0.0, 1.0)
+BLANK = Calibration("h", "d", "t", 2, 0.0, 0.0, 0.0, 0.0, 0.0, 1e10, 1e11, 0.0, 0.0, 1.0)
 
 
 def test_a_large_product_is_done_at_a_higher_rate() -> None:

@@ -247,6 +247,16 @@ def test_placement_on_nodes() -> None:
     assert "1 CPU, 1 camera, the label site=north" in warning
 
 
+def test_actors_that_will_have_no_gpu_are_warned_of() -> None:
+    topology = line("ab")
+    topology["agents"][0]["gpu"] = 0.5
+    node = Node("here", {"CPU": 4.0, "GPU": 1.0}, {})
+    found = report(node, topology=topology, cluster={"device": "cuda"})
+    [warning] = [warning for warning in found.warnings if "cuda" in warning]
+    assert "1 of 2 actors ask for no GPU; the first, of b: give its agents gpu" in warning
+    assert not any("cuda" in warning for warning in report(node, topology=topology).warnings)
+
+
 def test_more_actors_than_cores_are_warned_of() -> None:
     found = report(topology=line("abcdef"))
     assert any("6 actors share 4 cores" in warning for warning in found.warnings)
@@ -299,7 +309,14 @@ def test_without_a_calibration_no_time_is_predicted() -> None:
 
 @pytest.mark.parametrize(("latency", "best"), [(1e-2, 1), (1e-7, 4)])
 def test_a_packing_is_suggested_where_it_is_faster(latency: float, best: int) -> None:
-    rest = {"step": 1e-3, "half_step": 1e-4, "message": 0.0, "number": 0.0, "send": 0.0}
+    rest = {
+        "step": 1e-3,
+        "half_step": 1e-4,
+        "message": 0.0,
+        "number": 0.0,
+        "keep": 0.0,
+        "send": 0.0,
+    }
     rates = {"small": 1e9, "large": 1e9, "bandwidth": 1e9}
     measured = Calibration("h", "d", "t", cores=4, latency=latency, **rest, **rates)
     cluster = {"agents_per_actor": 2}

@@ -228,6 +228,7 @@ def test_check_and_train_refuse_the_same(
     ("arguments", "says"),
     [
         ("train nowhere.yaml --local", "cannot read nowhere.yaml"),
+        ("check --calibration nowhere.json", "there is no nowhere.json; write it by hdnn-dist"),
         ("train --local --set epochs=3", "epochs: unknown key"),
         ("train --local --set training.epochs", "--set training.epochs: this is no override"),
         ("train --local --data-dir .", "digits is built in and reads no folder"),

@@ -195,6 +195,27 @@ def test_packing_and_wires_do_not_change_the_numbers(
     assert ray.is_initialized(), "a Ray that was there before is left alone"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "device", "gpus", "direct"),
+    [
+        (1, "auto", ["x", "y"], True),
+        (0.5, "auto", ["x", "x"], False),  # they share one
+        (1, "auto", ["x", None], False),  # this torch cannot use the other
+        (1, "cpu", ["x", "y"], False),
+        (0, "auto", ["x", "y"], False),
+    ],
+)
+def test_nccl_is_for_actors_that_have_a_gpu_each(
+    gpu: float, device: str, gpus: list[str | None], direct: bool
+) -> None:
+    agents = f"topology.agents=[{{name: a, gpu: {gpu}}}, {{name: b, gpu: {gpu}}}]"
+    job = Job.load(None, [agents, "topology.edges=[[a, b]]", f"cluster.device={device}"])
+    runner = object.__new__(RayRunner)
+    runner.job, runner.packing = job, ((0,), (1,))
+    runner._all = lambda method, *_: gpus  # type: ignore[method-assign]
+    assert runner._has_gpus_apart() == direct
+
+
 def spoil(actor: AgentActor) -> None:
     actor.worker.agents[0].weights["Kp"].detach()[0, 0, 0] += 1e-9
 
@@ -466,6 +487,25 @@ def test_a_token_is_shown_by_a_program_that_imported_ray_before(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_ray_of_ones_own_asks_for_a_token_from_the_start() -> None:
+    code = (
+        "import ray; from hdnn_dist.cluster import RayRunner, _admits, _token\n"
+        "from hdnn_dist.job import Job\n"
+        f"RayRunner(Job.load(None, {[*TINY, 'topology.agents=1', 'topology.edges=[]']}))\n"
+        "address = ray.get_runtime_context().gcs_address\n"
+        "print(_admits(address), _admits(address, 'guess' * 8), _admits(address, _token()[1]))"
+    )
+    with tempfile.TemporaryDirectory(prefix="hdnn") as home:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment(Path(home)),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.stdout == "False False True\n", done.stderr
 
 
 def test_a_cluster_without_a_token_is_joined_with_a_warning(heads: tuple[str, str, Path]) -> None:

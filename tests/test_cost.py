@@ -22,6 +22,7 @@ NOTHING = Calibration(
     half_step=0.0,
     message=0.0,
     number=0.0,
+    keep=0.0,
     small=1e300,
     large=1e300,
     latency=0.0,
@@ -88,6 +89,7 @@ def test_work_grows_with_what_is_recomputed_and_no_message_is_forgotten(job: Job
     for more, less in zip(work_of(again), work_of(once), strict=True):
         assert 3 * more.half_steps == 4 * less.half_steps
         assert more.numbers > less.numbers
+        assert more.kept == 0 < less.kept
 
 
 def test_rates_between_small_and_large_products_lie_between_theirs() -> None:

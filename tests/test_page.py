@@ -14,7 +14,7 @@ import hdnn_dist
 from hdnn_dist.cli import main
 from hdnn_dist.errors import CheckpointError, UserError
 from hdnn_dist.page import write_page
-from hdnn_dist.storage import read
+from hdnn_dist.storage import read, read_text
 
 TINY = [
     "topology.name=<b>$ring$</b>",
@@ -102,8 +102,8 @@ def test_a_run_at_a_url_has_its_page_there(runs: list[Path]) -> None:
     hdnn_dist.train(overrides=TINY, run=run, local=True)
     page = write_page([run], local=True, bsm=False, worst=0)
     assert str(page) == f"{run}/report/report.html"
-    assert "layers: 3" in read(page).decode()
-    assert read(page.parent / "loss.png").startswith(b"\x89PNG")
+    assert "layers: 3" in read_text(page)
+    assert read(page.parent / "loss.png", 1 << 20).startswith(b"\x89PNG")
 
 
 def test_what_is_no_image_is_shown_as_numbers(runs: list[Path], tmp_path: Path) -> None:

@@ -1,0 +1,333 @@
+"""A user's own samples: numbers in columns, and a column of classes.
+
+::
+
+    DIR/train.csv       or .parquet, or .safetensors
+    DIR/test.csv        likewise, with the same columns
+
+`DIR` is the spec's `data.dir`. CSV has a line of names, then a sample a line; Parquet takes the
+package pyarrow. Their features are all columns but the `data.target`, in the order of the training
+file. A safetensors file holds `x (n, F)` and the classes `y (n,)` by number, which is what
+`write_table` makes of arrays, tensors and torch data sets.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hdnn_dist.errors import DataError, SpecError, UserError, did_you_mean
+from hdnn_dist.spec import DataSpec
+from hdnn_dist.storage import write
+
+Part = Literal["train", "test"]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Samples = tuple[Any, Any] | Dataset[Any]
+KINDS = (".csv", ".parquet", ".safetensors")
+MAX_NUMBERS = 1 << 31  # in a file
+LARGEST = 1e30  # of a feature, whose square float64 still holds
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of a table without its numbers.
+
+    Attributes:
+        names: of the features, in order.
+        train, test: how many samples.
+    """
+
+    names: tuple[str, ...]
+    train: int
+    test: int
+
+
+def describe_table(spec: DataSpec) -> Table:
+    """The features and sizes of a table.
+
+    Raises:
+        SpecError: no folder or no classes are given.
+        DataError: a file is missing or is no table, or the two have other columns.
+    """
+    if spec.dir is None:
+        raise SpecError(
+            ("data", "dir"), "a table is read from a folder", "name it, with train.csv and test.csv"
+        )
+    if class_names(spec) is None:
+        raise SpecError(
+            ("data", "classes"),
+            "the classes of a table are not given",
+            "list them, or say how many whole numbers from 0 there are",
+        )
+    (names, train), (others, test) = (_look(spec, part) for part in ("train", "test"))
+    if set(names) != set(others):
+        odd = sorted(set(names) ^ set(others))[0]
+        raise DataError(
+            f"only one of the files train and test in {spec.dir} has the column {odd!r}",
+            "give both the same columns",
+        )
+    return Table(names, train, test)
+
+
+def class_names(spec: DataSpec) -> tuple[str, ...] | None:
+    """The classes of a table in order; None if the spec has none."""
+    if isinstance(spec.classes, int):
+        return tuple(map(str, range(spec.classes)))
+    return None if spec.classes is None else tuple(spec.classes)
+
+
+def read_columns(spec: DataSpec, part: Part, columns: Sequence[int]) -> Floats:
+    """Features of every sample as they are in the file, `(n, len(columns))`; others are not kept.
+
+    Raises:
+        DataError: the file cannot be read, or one of them is no finite number.
+    """
+    names, n = _look(spec, "train")[0], _look(spec, part)[1]
+    x_BF = np.empty((n, len(columns)))
+    if not len(columns):
+        return x_BF
+    file, wanted = _file(spec, part), [names[k] for k in columns]
+    if file.suffix == ".safetensors":
+        with _opened(file) as tensors:
+            place = {name: k for k, name in enumerate(_look(spec, part)[0])}
+            own = [place[name] for name in wanted]
+            x_BF[:] = tensors.get_tensor("x")[:, own].double().numpy()
+    elif file.suffix == ".csv":
+        x_BF[:] = _from_csv(file, wanted, float, n)
+    else:
+        columns_read = _from_parquet(file, wanted)
+        try:
+            for k, column in enumerate(columns_read):
+                x_BF[:, k] = column.to_numpy()
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}: {error}", "give numbers in all columns of features") from None
+    bad = np.argwhere(~(np.abs(x_BF) < LARGEST))  # so is what is no number
+    if len(bad):
+        row, k = bad[0]
+        raise DataError(
+            f"{file}: sample {row + 1} has {x_BF[row, k]:g} in column {wanted[k]!r}",
+            f"give numbers below {LARGEST:g}, or leave the sample out",
+        )
+    return x_BF
+
+
+def read_classes(spec: DataSpec, part: Part) -> Ints:
+    """The class of every sample as its place in `data.classes`, `(n,)`.
+
+    Raises:
+        DataError: one of them is not among those.
+    """
+    file, classes, n = _file(spec, part), class_names(spec), _look(spec, part)[1]
+    assert classes is not None
+    found: Sequence[object]
+    if file.suffix == ".safetensors":
+        with _opened(file) as tensors:
+            numbers = tensors.get_tensor("y").tolist()
+        found = [classes[k] if k in range(len(classes)) else k for k in numbers]
+    elif file.suffix == ".csv":
+        found = [str(v).strip() for v in _from_csv(file, [spec.target], str, n)[:, 0]]
+    else:
+        found = _from_parquet(file, [spec.target])[0].to_pylist()
+    place = {name: k for k, name in enumerate(classes)}
+    try:
+        return np.array([place[str(value)] for value in found], np.int64)
+    except KeyError as error:
+        raise DataError(
+            f"{file}: there is a sample of class {error.args[0]!r}",
+            did_you_mean(error.args[0], classes),
+        ) from None
+
+
+def write_table(
+    folder: str | Path, train: Samples, test: Samples, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Write samples as the files of a table.
+
+    Args:
+        folder: where; made if it is not there.
+        train: features `(n, …)` and classes `(n,)` from 0, as arrays or tensors; or a torch data
+            set of such pairs, one a sample. Features are flattened.
+        test: likewise.
+        names: of the features; default: "0", "1", ….
+
+    Returns:
+        What the `data` section of a spec needs, but for who sees what.
+
+    Raises:
+        UserError: these are no samples and classes.
+    """
+    folder = Path(folder).absolute()
+    classes = 0
+    for part, given in (("train", train), ("test", test)):
+        x, y = _tensors(given)
+        F = x.shape[1]
+        if names is not None and len(names) != F:
+            raise UserError(f"{len(names)} names for {F} features", "name each of them")
+        if len(x) != len(y) or not len(x) or y.dim() != 1 or int(y.min()) < 0:
+            raise UserError(
+                f"features {tuple(x.shape)} and classes {tuple(y.shape)} of the {part} set",
+                "give as many of both, and classes as whole numbers from 0",
+            )
+        classes = max(classes, int(y.max()) + 1)
+        told = {"names": json.dumps([*map(str, names if names is not None else range(F))])}
+        write(folder / f"{part}.safetensors", save({"x": x, "y": y}, told))
+    return {"name": "table", "dir": str(folder), "classes": classes}
+
+
+def _tensors(given: Samples) -> tuple[Tensor, Tensor]:
+    try:
+        if not isinstance(given, tuple):
+            size = len(given)  # type: ignore[arg-type]
+            pairs = [given[k] for k in range(size)]
+            xs = [torch.as_tensor(np.asarray(x)).flatten() for x, _ in pairs]
+            given = torch.stack(xs), torch.tensor([int(y) for _, y in pairs])
+        x, y = (torch.as_tensor(np.asarray(part)) for part in given)
+        if y.is_floating_point():
+            raise ValueError("classes are no whole numbers")
+        return x.flatten(1).float().contiguous(), y.long().contiguous()
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(
+            f"these are no samples: {error}", "give (features, classes) or a torch data set of them"
+        ) from None
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _file(spec: DataSpec, part: Part) -> Path:
+    folder = Path(spec.dir or "")
+    for suffix in KINDS:
+        if (file := folder / f"{part}{suffix}").is_file():
+            return file
+    raise DataError(
+        f"there is no table of the {part} set in {folder}",
+        f"put it there as one of {', '.join(part + suffix for suffix in KINDS)}",
+    )
+
+
+def _look(spec: DataSpec, part: Part) -> tuple[tuple[str, ...], int]:
+    """The features and the number of samples of a file, which is read for them once."""
+    file = _file(spec, part)
+    stat = file.stat()
+    names, n = _header(file, stat.st_mtime_ns, stat.st_size)
+    if file.suffix != ".safetensors":
+        if spec.target not in names:
+            raise SpecError(
+                ("data", "target"),
+                f"{file} has no column {spec.target!r}",
+                did_you_mean(spec.target, names),
+            )
+        names = tuple(name for name in names if name != spec.target)
+    if len(set(names)) < len(names):
+        raise DataError(f"{file} has two columns of one name", "give each a name of its own")
+    if not (0 < n * len(names) <= MAX_NUMBERS):
+        raise DataError(
+            f"{file} has {n} samples of {len(names)} features",
+            f"give at least one of both, and at most {MAX_NUMBERS} numbers",
+        )
+    return names, n
+
+
+@lru_cache(maxsize=8)
+def _header(file: Path, changed: int, length: int) -> tuple[tuple[str, ...], int]:
+    """Names of the columns and number of samples of a file as of a time and length."""
+    if file.suffix == ".csv":
+        try:
+            with file.open(newline="", encoding="utf-8-sig") as stream:
+                lines = csv.reader(stream)
+                names = tuple(name.strip() for name in next(lines, []))
+                return names, sum(1 for line in lines if line)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{file}: {error}", "write it as CSV in UTF-8") from None
+    if file.suffix == ".parquet":
+        meta = _parquet(file).metadata
+        return tuple(meta.schema.to_arrow_schema().names), int(meta.num_rows)
+    with _opened(file) as tensors:
+        if not {"x", "y"} <= set(tensors.keys()):
+            raise DataError(f"{file} holds no x and y", "write it with hdnn_dist.write_table")
+        shape, labels = (tensors.get_slice(key).get_shape() for key in ("x", "y"))
+        whole = tensors.get_slice("y").get_dtype()[0] in "IU"
+        told = (tensors.metadata() or {}).get("names")
+    try:
+        names = tuple(map(str, range(shape[1]) if told is None else json.loads(told)))
+    except (ValueError, TypeError, IndexError):
+        names = ()
+    if len(shape) != 2 or len(names) != shape[1] or labels != shape[:1] or not whole:
+        raise DataError(
+            f"{file} holds {len(names)} names, x {shape} and y {labels}"
+            + ("" if whole else " of no whole numbers"),
+            "write it with hdnn_dist.write_table",
+        )
+    return names, shape[0]
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{file}: no safetensors file ({error})", "write it with hdnn_dist.write_table"
+        ) from None
+
+
+def _from_csv(file: Path, wanted: Sequence[str], kind: type, n: int) -> npt.NDArray[Any]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            names = [name.strip() for name in next(csv.reader(stream))]
+            found: npt.NDArray[Any] = np.loadtxt(
+                (line for line in stream if line.strip()),
+                dtype=kind,
+                delimiter=",",
+                usecols=[names.index(name) for name in wanted],
+                comments=None,
+                quotechar='"',
+                ndmin=2,
+            )
+    except (ValueError, IndexError) as error:
+        raise DataError(f"{file}: {error}", "give a number in every column of features") from None
+    if len(found) != n:
+        raise DataError(
+            f"{file} has {n} samples, or {len(found)}, as one counts its lines",
+            "write each on a line of its own",
+        )
+    return found
+
+
+def _from_parquet(file: Path, wanted: Sequence[str]) -> list[Any]:
+    """Columns of a Parquet file."""
+    from pyarrow import ArrowException
+
+    try:
+        table = _parquet(file).read(columns=list(wanted))
+        return [table.column(name) for name in wanted]
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{file}: cannot be read ({error})", "write it anew") from None
+
+
+def _parquet(file: Path) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(
+            f"{file}: Parquet takes the package pyarrow, which is missing",
+            "pip install pyarrow, or give a .csv file",
+        ) from None
+    try:
+        return ParquetFile(file)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{file}: no Parquet file ({error})", "write it anew") from None

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.datasets import load_iris
+from torch.utils.data import TensorDataset
+
+import hdnn_dist
+from hdnn_dist.cli import main
+from hdnn_dist.data import load_features, load_labels, load_rows
+from hdnn_dist.errors import DataError, SpecError, UserError
+from hdnn_dist.job import Job
+from hdnn_dist.spec import DataSpec
+from hdnn_dist.tables import read_columns, write_table
+
+NAMES = ["sepal length", "sepal width", "petal length", "petal, width"]
+CLASSES = ["setosa", "versicolor", "virginica"]
+ROWS = np.random.default_rng(0).permutation(150)
+Writer = Callable[[Path], None]
+
+
+def iris() -> tuple[np.ndarray, np.ndarray]:
+    x, y = load_iris(return_X_y=True)
+    return x[ROWS], y[ROWS]
+
+
+def write_csv(folder: Path, x: np.ndarray, y: np.ndarray) -> None:
+    for part, rows in (("train", slice(0, 100)), ("test", slice(100, 150))):
+        with (folder / f"{part}.csv").open("w", newline="") as stream:
+            lines = csv.writer(stream)
+            lines.writerow([*NAMES[:2], "species", *NAMES[2:]])
+            for values, k in zip(x[rows].tolist(), y[rows].tolist(), strict=True):
+                lines.writerow([*values[:2], CLASSES[k], *values[2:]])
+
+
+def write_parquet(folder: Path, x: np.ndarray, y: np.ndarray) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for part, rows in (("train", slice(0, 100)), ("test", slice(100, 150))):
+        columns = {name: x[rows, k] for k, name in enumerate(NAMES)}
+        columns["species"] = [CLASSES[k] for k in y[rows]]
+        parquet.write_table(arrow.table(columns), folder / f"{part}.parquet")
+
+
+def write_arrays(folder: Path, x: np.ndarray, y: np.ndarray) -> None:
+    write_table(folder, (x[:100], y[:100]), (x[100:], y[100:]), NAMES)
+
+
+def spec(folder: Path, **more: object) -> dict[str, object]:
+    views = {"a": NAMES[:1], "b": NAMES[1:3], "c": NAMES[3:]}
+    data = {"name": "table", "dir": str(folder), "target": "species", "classes": CLASSES}
+    return {
+        "topology": {"agents": ["a", "b", "c"], "edges": [["a", "b"], ["b", "c"]], "d": 4},
+        "model": {"layers": 4},
+        "data": {**data, "split": {"kind": "columns", "columns": views}, **more},
+        "training": {"epochs": 40, "batch_size": 20, "optimizer": {"name": "adam", "lr": 0.02}},
+    }
+
+
+@pytest.fixture(params=[write_csv, write_parquet, write_arrays], ids=lambda f: f.__name__)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    request.param(tmp_path, *iris())
+    return tmp_path
+
+
+def test_agents_learn_a_table_column_by_column(folder: Path, tmp_path: Path) -> None:
+    job = Job.load(spec(folder))
+    assert [view.columns for view in job.views] == [(0,), (1, 2), (3,)]
+    assert (job.data.features, job.data.classes) == (4, 3)
+    assert (job.data.train, job.data.test) == (100, 50)
+    summary = hdnn_dist.train(job, run=tmp_path / "run", local=True)
+    assert summary.test_accuracy > 0.9
+
+
+def test_features_are_those_of_the_file_scaled_by_the_training_set(folder: Path) -> None:
+    x, y = iris()
+    data = Job.load(spec(folder)).spec.data
+    expected = (x - x[:100].mean(0)) / x[:100].std(0)
+    for part, rows in (("train", slice(0, 100)), ("test", slice(100, 150))):
+        found = load_features(data, part, [3, 0])  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, expected[rows][:, [3, 0]], atol=1e-5)
+        np.testing.assert_array_equal(load_labels(data, part), y[rows])  # type: ignore[arg-type]
+    assert load_features(data, "test", ()).shape == (50, 0)
+    few = data.model_copy(update={"train_samples": 10})
+    own = (x[:10] - x[:10].mean(0)) / x[:10].std(0)
+    np.testing.assert_allclose(load_features(few, "train", range(4)), own, atol=1e-5)
+    np.save(folder / "new.npy", x[:5])
+    np.testing.assert_allclose(
+        load_rows(data, folder / "new.npy", [1]), expected[:5, 1:2], atol=1e-5
+    )
+
+
+def test_a_table_is_trained_evaluated_predicted_shown_and_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(tmp_path, *iris())
+    x, y = iris()
+    np.save(tmp_path / "new.npy", x[100:])
+    job = tmp_path / "job.yaml"
+    content = spec(Path("."))
+    job.write_text(json.dumps(content))  # JSON is YAML; the folder is the spec's own
+    run = str(tmp_path / "run")
+    for command in (
+        ["train", str(job), "--local", "--run", run, "--no-tensorboard"],
+        ["eval", run, "--local"],
+        ["report", run, "--local", "--no-bsm"],
+        ["export", run],
+        ["predict", run, "--local", "--input", str(tmp_path / "new.npy")],
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(command)
+        assert not exit.value.code
+    rows = [line.split(",") for line in capsys.readouterr().out.splitlines()[-50:]]
+    assert np.mean([int(row[1]) for row in rows] == y[100:]) > 0.9
+    told = json.loads((tmp_path / "run" / "export" / "model.json").read_text())["input"]
+    features = torch.from_numpy((x[100:] - told["mean"]) / told["std"]).float()
+    program = torch.export.load(tmp_path / "run" / "export" / "model.pt2").module()
+    assert program(features).argmax(1).tolist() == [int(row[1]) for row in rows]
+
+
+def test_arrays_tensors_and_data_sets_make_the_same_table(tmp_path: Path) -> None:
+    x, y = iris()
+    tensors = torch.from_numpy(x), torch.from_numpy(y)
+    for name, given in (("arrays", (x, y)), ("tensors", tensors), ("set", TensorDataset(*tensors))):
+        section = write_table(tmp_path / name, given, given)
+        assert section == {"name": "table", "dir": str(tmp_path / name), "classes": 3}
+        job = Job.load({"topology": {"agents": 2, "edges": [["a1", "a2"]]}, "data": section})
+        found = read_columns(job.spec.data, "test", range(4))
+        np.testing.assert_allclose(found, x, atol=1e-6)
+    images = np.zeros((2, 3, 3)), np.array([0, 1])
+    assert write_table(tmp_path / "images", images, images)["classes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((np.zeros((3, 2)), np.zeros(2, int)), "features .3, 2. and classes .2,."),
+        ((np.zeros((3, 2)), np.array([0, 1, -1])), "from 0"),
+        ((np.zeros((3, 2)), np.zeros(3)), "no whole numbers"),
+        ((np.zeros(3), np.zeros(3, int)), "no samples"),
+        (([[1], [1, 2]], [0, 1]), "no samples"),
+        (7, "no samples"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(given: object, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        write_table(tmp_path, given, given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="3 names for 2 features"):
+        write_table(tmp_path, (np.eye(2), np.arange(2)), (np.eye(2), np.arange(2)), list("abc"))
+
+
+def section(folder: Path, **more: object) -> DataSpec:
+    return DataSpec.model_validate(
+        {"name": "table", "dir": str(folder), "target": "t", "classes": ["0", "1"], **more}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "'t'"),
+        ("a,b\n1,2\n", "has no column 't'"),
+        ("t\n1\n", "1 samples of 0 features"),
+        ("a,t\n", "0 samples"),
+        ("a,a,t\n1,2,0\n", "two columns of one name"),
+        ("a,t\nx,0\n", "could not convert string 'x'"),
+        ("a,b,t\n1,2\n", "column"),
+        ("a,t\nnan,0\n", "sample 1 has nan in column 'a'"),
+        ("a,t\n1,2\n", "of class '2'"),
+        ('a,t\n"1,0\n', "could not convert"),
+        ('a,t\n1,"0\n1"\n2,0\n', "class '0\\\\n1'"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    (tmp_path / "test.csv").write_text(text)
+
+    def read() -> object:
+        data = section(tmp_path)
+        return load_features(data, "train", [0]), load_labels(data, "train")
+
+    with pytest.raises(UserError, match=says):
+        read()
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    damaged = {".safetensors": b"damaged", ".parquet": b"PAR1", ".csv": b"a,t\n\xff\xfe,0\n"}
+    for suffix, content in damaged.items():
+        for part in ("train", "test"):
+            (tmp_path / f"{part}{suffix}").write_bytes(content)
+        with pytest.raises(DataError, match=f"train{suffix}"):
+            load_features(section(tmp_path), "train", [0])
+    for bad in (
+        {"x": torch.zeros(3, 2)},
+        {"x": torch.zeros(3), "y": torch.zeros(3)},
+        {"x": torch.zeros(3, 2), "y": torch.zeros(4, dtype=torch.long)},
+        {"x": torch.zeros(3, 2), "y": torch.zeros(3)},
+    ):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        for part in ("train", "test"):
+            save_file(bad, tmp_path / f"{part}.safetensors")
+        with pytest.raises(DataError, match="write_table"):
+            load_features(section(tmp_path), "train", [0])
+
+
+def test_a_table_that_does_not_fit_the_job_is_refused(tmp_path: Path) -> None:
+    write_csv(tmp_path, *iris())
+    views = {"a": ["petal length"], "b": ["petal lenght"]}
+    for more, says in (
+        ({"split": {"kind": "columns", "columns": views}}, "did you mean 'petal length'"),
+        ({"target": "specie"}, "did you mean 'species'"),
+        ({"classes": None}, "classes of a table are not given"),
+        ({"dir": None}, "read from a folder"),
+        ({"train_samples": 101}, "101 samples asked for"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            Job.load(spec(tmp_path, **more))
+    with pytest.raises(SpecError, match="no names of columns"):
+        Job.load(spec(tmp_path, name="digits", dir=None))
+    (tmp_path / "test.csv").write_text("sepal length,species\n1,setosa\n")
+    with pytest.raises(DataError, match="only one of the files train and test"):
+        Job.load(spec(tmp_path))
+    (tmp_path / "test.csv").unlink()
+    with pytest.raises(DataError, match="no table of the test set"):
+        Job.load(spec(tmp_path))
