@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py --data-dir FOLDER_OF_THE_IDX_FILES
 
-The spec is `topologies/mnist-grid16.yaml` with another schedule: 16 agents on a grid, 7x7 pixels
-each. One after the other, from the same initial weights, with the same order of samples,
-batches, shifts of each agent's pixels and learning rates:
+The job is `topologies/mnist-grid16.yaml`: 16 agents on a grid, 7x7 pixels each. One after the
+other, from the same initial weights, with the same order of samples, batches, shifts of pixels and
+learning rates:
 
     DDP           the dense model in two processes, half a batch each, gradients averaged by gloo
     dense         the dense model in this process, two threads
@@ -138,8 +138,7 @@ def main() -> None:
     parser = ArgumentParser(description="seconds to an accuracy on MNIST")
     parser.add_argument("--data-dir", required=True, type=Path, help="folder of the MNIST files")
     parser.add_argument("--accuracy", type=float, default=0.985, help="to be reached")
-    parser.add_argument("--epochs", type=int, default=4, help="of the schedule")
-    parser.add_argument("--lr", type=float, default=0.008, help="at the schedule's peak")
+    parser.add_argument("--epochs", type=int, default=6, help="of the schedule")
     o = parser.parse_args()
 
     def job(per_actor: int) -> hdnn_dist.Job:
@@ -148,7 +147,6 @@ def main() -> None:
             [
                 f"data.dir={o.data_dir.absolute()}",
                 f"training.epochs={o.epochs}",
-                f"training.optimizer.lr={o.lr}",
                 f"cluster.agents_per_actor={per_actor}",
             ],
         )
