@@ -158,6 +158,7 @@ run ls /runs/first/checkpoints
 
 
 @pytest.mark.image
+@pytest.mark.timeout(1800)
 def test_the_steps_make_nodes_that_train(tmp_path: Path) -> None:
     """On a copy-on-write view of this machine, in namespaces of its own.
 
