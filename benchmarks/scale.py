@@ -1,11 +1,12 @@
 """Set-up and step time over the number of agents, all in one process.
 
-    python benchmarks/scale.py        # about four minutes
+    python benchmarks/scale.py        # about six minutes
 
 Grids, tori and random 4-regular graphs; H2 with d = 4, 4 layers, batches of 16 digits. 64 agents
 (16 in the smallest) see the pixels, all contribute to the scores. `set-up` is the spec, the graph,
-the plan and its digest; `agents` is the weights, optimisers and data of all of them. Of some steps
-the median counts. The slope is that of log time over log edges, by least squares.
+the plan and its digest; `agents` is the weights, optimisers and data of all of them. Steps of
+all sizes take turns, and the median of each counts. The slope is that of log time over log edges,
+by least squares.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import math
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from timing import alternated, machine
+from timing import Call, alternated, machine
 
 from hdnn_dist.job import Job
 from hdnn_dist.trainer import LocalRunner
@@ -56,11 +58,6 @@ def job_of(edges: dict[str, Any], M: int) -> Job:
     return job
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of log y over log x."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = ArgumentParser(description="step time over the number of agents")
@@ -75,23 +72,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     slopes = {}
     for name in generators(16):
-        edges, steps = [], []
+        calls: dict[str, Call] = {}
+        rows: dict[str, str] = {}
+        edges = []
         for M in o.agents:
             start = time.perf_counter()
             job = job_of(generators(M)[name], M)
             there = time.perf_counter()
             runner = LocalRunner(job)
             runner.worker.load_data()
-            made = time.perf_counter()
-            ms = 1e3 * alternated({"step": lambda: runner.train(1)}, o.rounds)["step"]  # noqa: B023
+            made = time.perf_counter() - there
             edges.append(len(job.topology.edges) // 2)
-            steps.append(ms)
-            print(
-                f"| {name} | {M} | {edges[-1]} | {there - start:.2f} | {made - there:.2f} "
-                f"| {len(job.plan.training_step)} | {ms:.1f} | {1e3 * ms / edges[-1]:.0f} |",
-                flush=True,
+            rows[str(M)] = (
+                f"{name} | {M} | {edges[-1]} | {there - start:.2f} | {made:.2f} "
+                f"| {len(job.plan.training_step)}"
             )
-        slopes[name] = slope(edges, steps)
+            calls[str(M)] = partial(runner.train, 1)
+        steps = alternated(calls, o.rounds)
+        for M, row, links in zip(rows, rows.values(), edges, strict=True):
+            print(f"| {row} | {1e3 * steps[M]:.1f} | {1e6 * steps[M] / links:.0f} |", flush=True)
+        slopes[name] = float(np.polyfit(np.log(edges), np.log([*steps.values()]), 1)[0])
     for name, value in slopes.items():
         print(f"\n{name}: step time grows as edges to the power {value:.2f}", flush=True)
 

@@ -7,7 +7,6 @@ inputs in the same memory.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -64,13 +63,13 @@ class Captured:
         self._batches = {i: agent.draw(step) for i, agent in agents.items()}
         device = next(iter(agents.values())).device
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        before, transport.sent = transport.sent, Counter()
+        before = transport.sent
         try:
             self._run()
-            self._sent = transport.sent.copy()  # of a step
+            self._sent = transport.sent - before  # of a step
             self._replay = record(self._run)
         finally:
-            transport.sent = before
+            transport.count({link: before[link] - n for link, n in transport.sent.items()})
 
     def _run(self) -> None:
         actions = {i: a.propagate(*self._batches[i]) for i, a in self._agents.items()}
@@ -92,5 +91,5 @@ class Captured:
         self._replay()
         if not self._finite:
             return False
-        self._transport.sent.update(self._sent)
+        self._transport.count(self._sent)
         return True

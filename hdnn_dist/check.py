@@ -19,15 +19,18 @@ from rich.table import Table
 from rich.text import Text
 
 from hdnn_dist.console import size
+from hdnn_dist.cost import Calibration, Cost, predict
 from hdnn_dist.data import share
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
-from hdnn_dist.placement import Node, assign, demands, hosts, pack
+from hdnn_dist.placement import Node, Packing, assign, demands, hosts, pack
 from hdnn_dist.sparsity import BlockPattern
 
 DRAWN = 32  # agents up to which patterns are drawn
 LISTED = 32  # agents, links or actors up to which all are listed
 NAMED = 5  # examples that a line names
+FASTER = 0.9  # of the time, at which another packing is suggested
+ACTORS_A_CORE = 4  # up to which packings are tried
 # Up to so many agents, and paths of two hops, is computed what takes their square, or cube.
 EXAMINED_AGENTS = 2000
 EXAMINED_PATHS = 20_000_000
@@ -90,6 +93,15 @@ class ActorReport:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """The predicted time of a step (see `hdnn_dist.cost`), with a number of agents an actor."""
+
+    agents_per_actor: int | str
+    actors: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
 class Report:
     """All that can be said of a job beforehand. Bytes are those of a training step.
 
@@ -121,6 +133,8 @@ class Report:
         shares: samples of a step that each copy takes.
         actors, nodes: the placement, tried out on the nodes.
         crossing_links, crossing_bytes: of the traffic, what passes between actors.
+        timings: as the spec has it, and then with other packings, the fastest first; empty
+            without a calibration.
         warnings: what will not work well.
     """
 
@@ -155,6 +169,7 @@ class Report:
     nodes: tuple[Node, ...]
     crossing_links: int
     crossing_bytes: int
+    timings: tuple[Timing, ...]
     warnings: tuple[str, ...]
 
 
@@ -165,12 +180,13 @@ def this_machine() -> Node:
     return Node("this machine", cores | ({"GPU": float(gpus)} if gpus else {}), {})
 
 
-def examine(job: Job, nodes: Sequence[Node]) -> Report:
+def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = None) -> Report:
     """Tell what a job would do.
 
     Args:
         job: the job.
         nodes: of the cluster that it is to run on; this machine alone, if there is none.
+        calibration: of such machines, to predict the time of a step by.
     """
     topology, architecture, plan = job.topology, job.architecture, job.plan
     patterns, names, M = architecture.patterns, topology.names, len(topology.agents)
@@ -180,7 +196,7 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
     host = hosts(packing)
     wanted = demands(topology, packing * copies, cores)
     places = assign(wanted, nodes)
-    sent = plan.traffic(plan.training_step, job.batch, job.dtype.itemsize, copies)
+    sent = job.traffic(plan.training_step)
     shares = [share(job.batch, copy, copies) for copy in range(copies)]
     traffic = tuple(
         LinkReport(names[source], names[target], amount)
@@ -246,9 +262,24 @@ def examine(job: Job, nodes: Sequence[Node]) -> Report:
         nodes=tuple(nodes),
         crossing_links=len(crossing),
         crossing_bytes=sum(crossing),
+        timings=tuple(_timings(job, packing, calibration, int(cores))) if calibration else (),
         warnings=(),
     )
     return replace(report, warnings=tuple(_warnings(job, report)))
+
+
+def _timings(job: Job, packing: Packing, calibration: Calibration, cores: int) -> Iterator[Timing]:
+    """The packing of the spec, and then one, two, four … actors up to some a core."""
+    cluster, M = job.spec.cluster, len(job.topology.agents)
+    yield Timing(cluster.agents_per_actor, len(packing), predict(job, packing, calibration, cores))
+    found = {}
+    count = 1
+    while count <= min(M, ACTORS_A_CORE * max(1, cores)):
+        size = -(-M // count)
+        other = pack(job.topology, cluster.model_copy(update={"agents_per_actor": size}), cores)
+        found[len(other)] = Timing(size, len(other), predict(job, other, calibration, cores))
+        count *= 2
+    yield from sorted(found.values(), key=lambda timing: timing.cost.seconds)
 
 
 def _patterns(job: Job, composed: bool) -> Iterator[PatternReport]:
@@ -300,7 +331,7 @@ def _step(job: Job) -> Iterator[Phase]:
 
 
 def _phase(job: Job, name: str, rounds: Sequence[Round]) -> Phase:
-    moved = job.plan.traffic(rounds, job.batch, job.dtype.itemsize, job.spec.cluster.replicas)
+    moved = job.traffic(rounds)
     return Phase(name, len(rounds), sum(moved.values()))
 
 
@@ -374,6 +405,7 @@ def render(report: Report) -> RenderableType:
         *_pattern_section(report),
         *_step_section(report),
         *_placement_section(report),
+        *_timing_section(report),
         *(Text(f"warning: {warning}", style="yellow") for warning in report.warnings),
     )
 
@@ -479,6 +511,26 @@ def _placement_section(report: Report) -> Iterator[RenderableType]:
         f"{report.crossing_links} of {len(report.traffic)} directed links and "
         f"{size(report.crossing_bytes)} a step pass between actors"
     )
+
+
+def _timing_section(report: Report) -> Iterator[RenderableType]:
+    if not report.timings:
+        yield Text("no prediction of the time of a step: run hdnn-dist calibrate once")
+        return
+    table = _table("predicted step", "actors", "ms", "arithmetic", "latency", "bytes")
+    now, *others = report.timings
+    for timing in report.timings:
+        cost = timing.cost
+        parts = (cost.seconds, cost.arithmetic, cost.latency, cost.transfer)
+        name = "as the spec has it" if timing is now else f"{timing.agents_per_actor} an actor"
+        table.add_row(name, str(timing.actors), *(f"{1e3 * seconds:.3g}" for seconds in parts))
+    yield table
+    best = others[0]
+    if best.cost.seconds < FASTER * now.cost.seconds:
+        yield Text(
+            f"suggestion: --set cluster.agents_per_actor={best.agents_per_actor} makes a step "
+            f"{now.cost.seconds / best.cost.seconds:.1f} times as fast"
+        )
 
 
 def _table(*columns: str) -> Table:

@@ -439,10 +439,23 @@ def check(
     overrides: Set = None,
     data_dir: DataDir = None,
     address: Address = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What `calibrate` wrote, to predict the time of a step by; default: where it "
+            "writes.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a job would do, and run nothing."""
     job = _load(spec, _overrides(overrides, data_dir))
+
+    from hdnn_dist.cost import calibration_file, read_calibration
+
+    file = calibration or calibration_file()
+    measured = read_calibration(file) if calibration or file.exists() else None
 
     from hdnn_dist.check import examine, render, this_machine
     from hdnn_dist.checkpoint import to_json
@@ -456,11 +469,41 @@ def check(
 
         _tidy_up_from_here()
         nodes = cluster_nodes(address)
-    report = examine(job, nodes)
+    report = examine(job, nodes, measured)
     if as_json:
         print(to_json(asdict(report), indent=2))
     else:
         Console().print(render(report))
+
+
+@app.command()
+def calibrate(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write here; default: hdnn_dist/calibration.json in $XDG_CACHE_HOME or ~/.cache.",
+        ),
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine, and a cluster's messages, for `check` to predict times by."""
+    from hdnn_dist.calibrate import calibrate
+    from hdnn_dist.checkpoint import to_json, write_json
+    from hdnn_dist.cost import calibration_file
+
+    _tidy_up_from_here()
+    found = asdict(calibrate(address, lambda what: print(f"measuring {what}", file=sys.stderr)))
+    file = out or calibration_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, found)
+    if as_json:
+        print(to_json(found))
+        return
+    for name, value in found.items():
+        print(f"{name:10} {value:.3g}" if isinstance(value, float) else f"{name:10} {value}")
+    print(file)
 
 
 AgentsArgument = Annotated[

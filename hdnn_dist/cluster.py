@@ -61,6 +61,7 @@ from hdnn_dist.replicas import Replicas
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
 from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
+from hdnn_dist.wires import Gloo, PeerError, Sockets, connect
 from hdnn_dist.worker import PARTS, Times, Worker, device_of
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
@@ -80,6 +81,9 @@ class AgentActor:
         self._worker: Worker | None = None
         self._store: dist.TCPStore | None = None
         self._replicas = Replicas()
+        self._timeout = 0.0
+        self._near: Sockets | None = None
+        self._meetings = 0  # in this group
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
@@ -113,9 +117,13 @@ class AgentActor:
             os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
         # Connect to neighbours alone, not to everybody; gloo's TLS cannot do that.
         os.environ["TORCH_GLOO_LAZY_INIT"] = "0" if os.environ.get(TLS) == "TCP_TLS" else "1"
-        store = self._store if rank == 0 else dist.TCPStore(*meeting, timeout=limit)
+        self._timeout, self._meetings = timeout, 0
+        if rank != 0:
+            self._store = dist.TCPStore(*meeting, timeout=limit)
         try:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+            dist.init_process_group(
+                "gloo", store=self._store, rank=rank, world_size=size, timeout=limit
+            )
         except RuntimeError as error:
             if "unsupported gloo device" not in str(error):
                 raise
@@ -135,6 +143,7 @@ class AgentActor:
     def leave(self) -> None:
         """Leave the group."""
         self._replicas = Replicas()
+        self._hang_up()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -144,17 +153,43 @@ class AgentActor:
         """Take on some agents of a job, and return the digest of the job as this actor sees it."""
         torch.set_num_threads(spec.cluster.threads or 1)
         job = Job.of(spec).without(absent)
-        common = job.architecture.patterns.S, job.topology.names, job.dtype
+        common = job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
         first = self._replicas.copy * len(packing)  # rank of this copy of the agents
         device = device_of(job, agents)
         transport: Transport = InProcess(*common)
         if len(packing) > 1:
             ranks = [first + rank for rank in hosts(packing)]
-            wired = PointToPoint(*common, ranks, job.digest)
+            wired = PointToPoint(*common, ranks, job.digest, dist.get_rank(), Gloo())
             transport = wired if device.type == "cpu" else Staged(wired, device)
         self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()
         return job.digest
+
+    def connect(self) -> None:
+        """Open sockets to the actors on this machine that host neighbours of the agents here.
+
+        Raises:
+            TransportError: one that should do the same does not.
+        """
+        self._hang_up()
+        transport = self.worker.transport
+        assert isinstance(transport, PointToPoint)
+        assert self._store is not None
+        self._meetings += 1
+        meeting = f"meeting {self._meetings}"
+        try:
+            near = connect(self._store, meeting, transport.rank, transport.peers, START)
+        except PeerError as error:
+            raise TransportError(
+                f"the process of agent(s) {transport.hosted(error.peer)} did not connect: "
+                f"{error.problem}"
+            ) from error
+        self._near = transport.near = Sockets(near, self._timeout)
+
+    def _hang_up(self) -> None:
+        if self._near is not None:
+            self._near.close()
+            self._near = None
 
     @property
     def worker(self) -> Worker:
@@ -197,6 +232,19 @@ class AgentActor:
     def sent(self) -> Counter[tuple[int, int]]:
         """Bytes sent by the agents here."""
         return self.worker.transport.sent
+
+    def time_rounds(self, columns: int, rounds: int) -> float:
+        """Seconds of one round that brings the states of a batch of `columns`, of so many."""
+        phase, dtype = self.worker.job.plan.states[0], self.worker.job.dtype
+        mail = {
+            (m.source, m.target): torch.zeros(m.rows, columns, dtype=dtype)
+            for i in self.worker.agents
+            for m in phase.outbound.get(i, ())
+        }
+        start = time.perf_counter()
+        for _ in range(rounds):
+            self.worker.transport.exchange(phase, mail, columns)
+        return (time.perf_counter() - start) / rounds
 
 
 def actor_class(cls: type[AgentActor]) -> Any:
@@ -402,6 +450,8 @@ class RayRunner:
                     f"{self._who(rank)} sees a job with digest {digest[:12]}, but the driver "
                     f"has {self.job.digest[:12]}: install one version of hdnn_dist everywhere"
                 )
+        if size > 1 and self.job.spec.cluster.wire == "auto":
+            self._all("connect")
 
     def describe(self) -> str:
         """See `Runner`; so too below."""
@@ -438,6 +488,15 @@ class RayRunner:
             replace(own, node=node)
             for own, node in zip(self._all("times"), self._nodes, strict=True)
         ]
+
+    @property
+    def cores(self) -> int:
+        """Of the cluster."""
+        return int(ray.cluster_resources().get("CPU", 1))
+
+    def time_rounds(self, columns: int, rounds: int) -> float:
+        """Seconds of one round that brings the states of a batch of `columns`, of so many."""
+        return float(max(self._all("time_rounds", columns, rounds)))
 
     def gradient_squares(self) -> Tensor:  # noqa: D102
         squares: Tensor = reduce(operator.add, self._all("gradient_squares"))

@@ -176,6 +176,11 @@ class Plan:
                     )
         return plan
 
+    @property
+    def depth(self) -> int:
+        """How many layers."""
+        return len(self.states)
+
     def half_step(self, layer: int, update: Update) -> tuple[Round, ...]:
         """The rounds of an update (forward): the argument of `σ`, pull, coupling."""
         states, mix = self.states[layer], self.mix
@@ -253,21 +258,28 @@ class Plan:
         return _grouped((i, phase) for phase in self.norm for i in phase.agents)
 
     def traffic(
-        self, rounds: Iterable[Round], batch: int, itemsize: int, copies: int = 1
+        self,
+        rounds: Iterable[Round],
+        batch: int,
+        itemsize: int,
+        single: int | None = None,
+        copies: int = 1,
     ) -> dict[tuple[int, int], int]:
         """Bytes from agent to agent that the given rounds move.
 
         Args:
             rounds: of the plan.
             batch: samples in all.
-            itemsize: bytes a number.
+            itemsize: bytes of a number.
+            single: bytes of one that there is not one of per sample, if they are others.
             copies: of the agents, which share the samples.
         """
         sent: dict[tuple[int, int], int] = {}
         for phase, times in Counter(rounds).items():
+            bytes_ = itemsize if phase.per_sample or single is None else single
+            columns = batch if phase.per_sample else copies
             for m in phase.messages:
-                columns = batch if phase.per_sample else copies
-                size = m.rows * columns * itemsize * times
+                size = m.rows * columns * bytes_ * times
                 sent[m.source, m.target] = sent.get((m.source, m.target), 0) + size
         return sent
 

@@ -197,7 +197,7 @@ def topology(job: Job, hosts: Sequence[int] | None, name: str = "topology") -> C
             f"draw graphs of at most {DRAWN}",
         )
     carried: dict[tuple[int, int], int] = {}
-    sent = job.plan.traffic(job.plan.training_step, job.batch, job.dtype.itemsize)
+    sent = job.traffic(job.plan.training_step)
     for (source, target), amount in sent.items():
         link = min(source, target), max(source, target)
         carried[link] = carried.get(link, 0) + amount

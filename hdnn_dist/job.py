@@ -16,7 +16,7 @@ import torch
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.data import DataInfo, View, describe, split_features
 from hdnn_dist.errors import SpecError, UserError, did_you_mean
-from hdnn_dist.exchange import Plan
+from hdnn_dist.exchange import Plan, Round
 from hdnn_dist.family import FAMILY
 from hdnn_dist.hamiltonian import Activation, activation_of
 from hdnn_dist.reader import Source, read_spec, spec_from_dict
@@ -212,8 +212,14 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and messages."""
+        """Of weights and states."""
         return torch.float64 if self.spec.training.dtype == "float64" else torch.float32
+
+    @property
+    def message_dtype(self) -> torch.dtype:
+        """In which numbers travel of which there is one a sample."""
+        others = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return others.get(self.spec.training.messages, self.dtype)
 
     @property
     def root(self) -> int:
@@ -235,11 +241,15 @@ class Job:
         """Optimiser steps of the whole run."""
         return self.spec.training.epochs * self.steps_per_epoch
 
+    def traffic(self, rounds: Iterable[Round]) -> dict[tuple[int, int], int]:
+        """Bytes from agent to agent that some rounds of a training step move."""
+        sizes = self.message_dtype.itemsize, self.dtype.itemsize
+        return self.plan.traffic(rounds, self.batch, *sizes, self.spec.cluster.replicas)
+
     @cached_property
     def bytes_per_step(self) -> int:
         """What the plan moves between agents in a training step."""
-        sent = self.plan.traffic(self.plan.training_step, self.batch, self.dtype.itemsize)
-        return sum(sent.values())
+        return sum(self.traffic(self.plan.training_step).values())
 
     @cached_property
     def parameters(self) -> int:

@@ -60,7 +60,7 @@ class BlockRow:
         """Each block of `z_DB` out to the agent that it is for; the sum of own blocks `z_dB` in."""
         if not (self.asks or self.serves):
             return z_DB
-        parts = dict(zip(self.row, z_DB.split(self.sizes), strict=True))
+        parts = dict(zip(self.row, z_DB.split_with_sizes(self.sizes), strict=True))
         inbox = yield self.phase.adjoint, {l: parts[l] for l in self.asks}
         total: Tensor = parts[self.i]
         for l in self.serves:  # ascending: the same sum however the agents are packed

@@ -7,43 +7,92 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
+
+import pymetis
 
 from hdnn_dist.spec import AgentSpec, ClusterSpec
 from hdnn_dist.topology import Topology
 
 Packing = tuple[tuple[int, ...], ...]
+SMALL = 4096  # entries of an agent's K in a layer whose products take as long as to begin them
 
 
 def pack(topology: Topology, cluster: ClusterSpec, cores: int) -> Packing:
-    """The agents of each actor: runs of neighbours in the spec's order, as even as can be.
+    """The agents of each actor, so that few bytes pass between actors: METIS's partition.
 
-    Agents that ask for other node labels or custom resources never share an actor: those may be on
-    different machines.
+    With a number of agents an actor, that is the most, and actors are as even as can be; with
+    "auto" they are even in what their agents compute. Agents that ask for other node labels
+    or custom resources never share an actor: those may be on different machines.
 
     Args:
         topology: the agents.
         cluster: `agents_per_actor`; "auto" makes one actor a core.
         cores: of the cluster (of this machine if there is none).
+
+    Returns:
+        Agents in ascending order, and actors by their first; the same for the same arguments.
     """
-    M = len(topology.agents)
-    if cluster.agents_per_actor == "auto":
-        size = math.ceil(M / max(1, cores))
-    else:
-        size = cluster.agents_per_actor
-    runs: list[list[int]] = []
+    limit = None if cluster.agents_per_actor == "auto" else cluster.agents_per_actor
+    size = limit or math.ceil(len(topology.agents) / max(1, cores))
+    alike: dict[str, list[int]] = {}
     for i, agent in enumerate(topology.agents):
-        before = topology.agents[i - 1]
-        if i and (agent.labels, agent.resources) == (before.labels, before.resources):
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    packing: list[tuple[int, ...]] = []
-    for run in runs:
-        actors = math.ceil(len(run) / size)
-        ends = [len(run) * k // actors for k in range(actors + 1)]
-        packing += [tuple(run[a:b]) for a, b in pairwise(ends)]
-    return tuple(packing)
+        asked = sorted(agent.labels.items()), sorted(agent.resources.items())
+        alike.setdefault(repr(asked), []).append(i)
+    parts = [
+        part
+        for agents in alike.values()
+        for part in _partition(topology, agents, math.ceil(len(agents) / size), limit)
+    ]
+    return tuple(sorted(map(tuple, parts)))
+
+
+def _partition(
+    topology: Topology, agents: list[int], count: int, limit: int | None
+) -> list[list[int]]:
+    """Some agents in `count` parts of even load, or fewer, with little between them."""
+    if count in (1, len(agents)):
+        return [[i] for i in agents] if count > 1 else [agents]
+    position = {i: k for k, i in enumerate(agents)}
+    between: list[Counter[int]] = [Counter() for _ in agents]
+    sizes, reads = topology.sizes, list(topology.sizes)
+    for l, i in topology.edges:
+        reads[i] += sizes[l]
+        if l in position and i in position:  # q^l to i, and as many numbers back
+            between[position[l]][position[i]] += sizes[l]
+            between[position[i]][position[l]] += sizes[l]
+    loads = [1 if limit else SMALL + sizes[i] * reads[i] for i in agents]
+    partition = pymetis.part_graph(
+        count,
+        pymetis.CSRAdjacency(
+            [0, *accumulate(map(len, between))], [k for row in between for k in row]
+        ),
+        eweights=_whole([amount for row in between for amount in row.values()]),
+        vweights=_whole(loads),
+        recursive=True,
+        options=pymetis.Options(seed=0, ncuts=10, ufactor=1),  # the best of ten, of even loads
+    )
+    found = list(partition.vertex_part)
+    amounts = Counter[int]()
+    for part, load in zip(found, loads, strict=True):
+        amounts[part] += load
+    even = max(math.ceil(sum(loads) / count), *loads)
+    if max(amounts.values()) > even * (1 if limit else 1.1):
+        # METIS keeps to no bound; runs of even load in the order of its parts do.
+        order = sorted(range(len(agents)), key=found.__getitem__)
+        ends = accumulate(loads[k] for k in order)
+        for k, end in zip(order, ends, strict=True):
+            found[k] = int((end - loads[k] / 2) / sum(loads) * count)
+    parts: dict[int, list[int]] = {}
+    for i, part in zip(agents, found, strict=True):
+        parts.setdefault(part, []).append(i)
+    return list(parts.values())
+
+
+def _whole(weights: Sequence[int]) -> list[int]:
+    """Weights as whole numbers up to a thousand, as METIS adds them up in 32 bits."""
+    most = max(weights, default=0)
+    return [max(1, round(1000 * weight / most)) for weight in weights]
 
 
 def hosts(packing: Packing) -> tuple[int, ...]:

@@ -74,7 +74,8 @@ def analyze(
     """
     from hdnn_dist.plots import save_figures  # matplotlib takes a second to import
 
-    run = place(run)
+    # What is proved is of exact numbers, and so is what is measured.
+    run, overrides = place(run), [*overrides, "training.messages=full"]
     job = reopen(run, overrides)
     if not 1 <= samples <= job.data.test:  # before a cluster is started
         raise UserError(

@@ -35,7 +35,7 @@ MAY_CHANGE = re.compile(
     r"|data\.dir"
     r"|topology\.agents\.[^.]+\.(cpu|gpu|resources|labels)(\..*)?"
     r"|training\.(epochs|eval_every|checkpoint_every|keep_last|keep_best|on_nonfinite)"
-    r"|training\.(clip_norm|alpha|shift|activations|(schedule|distort)(\..*)?)"
+    r"|training\.(clip_norm|alpha|shift|activations|messages|(schedule|distort)(\..*)?)"
     r"|training\.optimizer\.(lr|momentum|betas|weight_decay)(\..*)?"
 )
 ABSENT = "absent"

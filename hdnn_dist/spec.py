@@ -525,6 +525,12 @@ class TrainingSpec(Section):
         "recompute: of the last layer alone, and each layer is taken back, which costs the "
         "forward's rounds once more; for H2, MS1 and MS3.",
     )
+    messages: Literal["full", "bf16", "fp16"] = Field(
+        default="full",
+        description="Type in which states, cotangents and scores travel between agents; full: that "
+        "of dtype. bf16 and fp16 round them to 8 and 11 bits, also between agents of one actor; "
+        "fp16 loses what is below 6e-8, as cotangents may be.",
+    )
     clip_norm: Positive | None = Field(
         default=None,
         description="Clip the gradient of all agents to this norm, summed over the tree.",
@@ -581,6 +587,11 @@ class ClusterSpec(Section):
     address: str | None = Field(
         default=None,
         description="Ray cluster to join; default: $RAY_ADDRESS, else one is started here.",
+    )
+    wire: Literal["auto", "gloo"] = Field(
+        default="auto",
+        description="What carries messages between actors; auto: sockets between those on one "
+        "machine, gloo between machines.",
     )
     placement: Literal["spread", "pack"] = Field(
         default="pack", description="Over the cluster's nodes."

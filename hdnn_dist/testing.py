@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from hdnn_dist.agent import StepResult
 from hdnn_dist.data import epoch_order, load_features, load_labels
-from hdnn_dist.exchange import Plan
 from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
 from hdnn_dist.sparsity import BlockPattern
@@ -116,9 +115,7 @@ def assert_matches_dense(
                 assert_close(own[name], block, f"agent {i}'s gradient of {name}")
 
 
-def assert_follows_plan(
-    sent: dict[tuple[int, int], int], plan: Plan, links: BlockPattern, batch: int, itemsize: int
-) -> None:
+def assert_follows_plan(sent: dict[tuple[int, int], int], job: Job) -> None:
     """The bytes of one training step are the plan's, edge by edge, and all along links."""
-    assert_within(sent, links)
-    assert sent == plan.traffic(plan.training_step, batch, itemsize)
+    assert_within(sent, job.architecture.patterns.S)
+    assert sent == job.traffic(job.plan.training_step)

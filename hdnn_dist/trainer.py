@@ -162,7 +162,9 @@ class LocalRunner:
 
     def reform(self, job: Job) -> None:  # noqa: D102
         self.job = job
-        transport = InProcess(job.architecture.patterns.S, job.topology.names, job.dtype)
+        transport = InProcess(
+            job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
+        )
         agents = range(len(job.topology.agents))
         self.worker = Worker(job, agents, transport, device=device_of(job, agents))
 

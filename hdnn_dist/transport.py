@@ -1,4 +1,4 @@
-"""Delivery of a plan's rounds: within a process, and between processes by torch.distributed.
+"""Delivery of a plan's rounds: within a process, and between processes over wires.
 
 A transport is given the messages that the agents of its process send in one round and returns
 those that they receive. It sends and accepts nothing that the round does not list, nothing along a
@@ -8,8 +8,6 @@ not the planned one, in sender, round, shape or dtype, is an error that names it
 
 from __future__ import annotations
 
-import math
-import secrets
 import time
 import zlib
 from collections import Counter
@@ -17,20 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hdnn_dist.errors import AgreementError, TransportError
 from hdnn_dist.exchange import Message, Round
 from hdnn_dist.node import Exchange, Request
 from hdnn_dist.sparsity import BlockPattern
+from hdnn_dist.wires import STAMP, Frame, PeerError, Sockets, Wire
 
 Result = TypeVar("Result")
 Mail = dict[tuple[int, int], Tensor]
-
-STAMP = 128  # bytes before and after the numbers of a message between processes; keeps them aligned
-# Bytes by which a message may be too long before gloo ends the process that gets it.
-SPARE = 1 << 20
 
 
 class Transport(Protocol):
@@ -39,8 +33,10 @@ class Transport(Protocol):
     names: tuple[str, ...]
     """The agents' names."""
 
-    sent: Counter[tuple[int, int]]
-    """Bytes sent so far, by (source, target)."""
+    @property
+    def sent(self) -> Counter[tuple[int, int]]:
+        """Bytes sent so far, by (source, target)."""
+        ...
 
     @property
     def waited(self) -> float:
@@ -48,7 +44,10 @@ class Transport(Protocol):
         ...
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
-        """Messages of this process's agents out, those for them in, both by (source, target)."""
+        """Messages of this process's agents out, those for them in, both by (source, target).
+
+        What came in is good until the next exchange.
+        """
         ...
 
 
@@ -115,14 +114,36 @@ class InProcess:
     Args:
         links: the pattern `S`; `S[i, l] = 1` if a message may go from `l` to `i`.
         names: the agents' names, for messages of error.
-        dtype: of everything that is sent.
+        dtype: of everything that agents send and receive.
+        per_sample: in which numbers travel of which there is one a sample. If it is narrower, they
+            are rounded to it here too, so that numbers do not depend on who shares a process.
     """
 
-    def __init__(self, links: BlockPattern, names: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        links: BlockPattern,
+        names: Sequence[str],
+        dtype: torch.dtype,
+        per_sample: torch.dtype,
+    ) -> None:
         self.links = frozenset((source, target) for target, source in links.entries)
-        self.names, self.dtype = tuple(names), dtype
-        self.sent: Counter[tuple[int, int]] = Counter()
+        self.names, self.dtype, self.per_sample = tuple(names), dtype, per_sample
+        self._outgoing: dict[tuple[Round, int], _Outgoing] = {}
+        self._besides: Counter[tuple[int, int]] = Counter()
         self.waited = 0.0
+
+    @property
+    def sent(self) -> Counter[tuple[int, int]]:
+        """See `Transport`."""
+        total: Counter[tuple[int, int]] = Counter()
+        for each in self._outgoing.values():
+            total.update({link: each.times * size for link, size in each.bytes.items()})
+        total.update(self._besides)
+        return total
+
+    def count(self, sent: Mapping[tuple[int, int], int]) -> None:
+        """Take so many bytes for sent besides, by (source, target); fewer, if they are negative."""
+        self._besides.update(sent)
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`.
@@ -131,22 +152,41 @@ class InProcess:
             AgreementError: an agent sends something else than the plan says.
         """
         self._check(phase, mail, phase.messages, phase.columns(batch))
-        return mail
+        return self._delivered(phase, mail)
+
+    def travels_as(self, phase: Round) -> torch.dtype:
+        """The type of the numbers of a round on their way."""
+        return self.per_sample if phase.per_sample else self.dtype
+
+    def _delivered(self, phase: Round, mail: Mail) -> Mail:
+        """Mail that stays in this process, as it arrives."""
+        if (narrow := self.travels_as(phase)) == self.dtype:
+            return mail
+        sent = {id(tensor): tensor for tensor in mail.values()}  # one may go to several agents
+        came = {key: tensor.to(narrow).to(self.dtype) for key, tensor in sent.items()}
+        return {link: came[id(tensor)] for link, tensor in mail.items()}
 
     def _check(self, phase: Round, mail: Mail, planned: Sequence[Message], columns: int) -> None:
         """Refuse mail that is not exactly what was planned, and count it."""
-        for m in planned:
-            link, shape = (m.source, m.target), (m.rows, columns)
+        out = self._outgoing.get((phase, columns))
+        if out is None:
+            out = _Outgoing(planned, columns, self.travels_as(phase).itemsize)
+            if astray := out.shapes.keys() - self.links:
+                raise self._refusal(phase, min(astray), "a message", "no link")
+            self._outgoing[phase, columns] = out
+        out.times += 1
+        if mail.keys() == out.shapes.keys() and all(
+            tensor.shape == out.shapes[link] and tensor.dtype == self.dtype
+            for link, tensor in mail.items()
+        ):
+            return
+        for link, shape in out.shapes.items():
             tensor = mail.get(link)
             if tensor is None or tensor.shape != shape or tensor.dtype != self.dtype:
                 sent = "nothing" if tensor is None else _described(tensor.shape, tensor.dtype)
                 raise self._refusal(phase, link, sent, _described(shape, self.dtype))
-            if link not in self.links:
-                raise self._refusal(phase, link, "a message", "no link")
-            self.sent[link] += tensor.nbytes
-        if len(mail) != len(planned):
-            link = min(mail.keys() - {(m.source, m.target) for m in planned})
-            raise self._refusal(phase, link, "a message", "none")
+        link = min(mail.keys() - out.shapes.keys())
+        raise self._refusal(phase, link, "a message", "none")
 
     def _refusal(
         self, phase: Round, link: tuple[int, int], sent: str, planned: str
@@ -160,28 +200,40 @@ class InProcess:
         )
 
 
+class _Outgoing:
+    """What the agents of a process send in a round.
+
+    Attributes:
+        shapes, bytes: by link.
+        times: how often they have sent it.
+    """
+
+    def __init__(self, planned: Sequence[Message], columns: int, itemsize: int) -> None:
+        self.shapes = {(m.source, m.target): torch.Size((m.rows, columns)) for m in planned}
+        self.bytes = {link: shape.numel() * itemsize for link, shape in self.shapes.items()}
+        self.times = 0
+
+
 def _described(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
 class PointToPoint(InProcess):
-    """Agents are spread over the processes of the default torch.distributed group.
+    """Agents are spread over processes.
 
-    What one process has for another in a round travels as one message, in the plan's order.
-    Receives are posted before sends, so no order of processes can deadlock.
-
-    gloo tells nobody how long a message was, leaves the rest of a buffer as it was if one is
-    short, and ends the process if one is longer than the buffer. So a message is
-
-        stamp | numbers | stamp
-
-    where the stamp says job, how many rounds went before, round, shape, dtype and who sends to
-    whom, and is received in a buffer with room to spare behind it.
+    What one process has for another in a round travels as one message, in the plan's order, with a
+    stamp at both ends: job, how many rounds went before, round, shape, dtype and who sends to whom.
+    All is posted before anything is waited for, so that no order of processes can deadlock.
 
     Args:
-        links, names, dtype: as in `InProcess`.
+        links, names, dtype, per_sample: as in `InProcess`.
         host: per agent, the rank of the process that hosts it.
         job: the digest of what all processes have agreed on.
+        rank: of this process.
+        far: the wire to the others.
+
+    Attributes:
+        near: the wire to those of the others that it has a socket to.
     """
 
     def __init__(
@@ -189,81 +241,81 @@ class PointToPoint(InProcess):
         links: BlockPattern,
         names: Sequence[str],
         dtype: torch.dtype,
+        per_sample: torch.dtype,
         host: Sequence[int],
         job: str,
+        rank: int,
+        far: Wire,
     ) -> None:
-        super().__init__(links, names, dtype)
-        self.host, self.job = tuple(host), job[:12]
-        self.rank = dist.get_rank()
+        super().__init__(links, names, dtype, per_sample)
+        self.host, self.job, self.rank = tuple(host), job[:12], rank
+        self._far = far
+        self.near: Sockets | None = None
         self._rounds = 0
-        self._routes: dict[Round, _Route] = {}
-        self._untouched = secrets.token_bytes(2 * STAMP)  # what no peer can guess
+        self._routes: dict[tuple[Round, int], _Route] = {}
+
+    @property
+    def peers(self) -> list[int]:
+        """The processes that have messages for this one, or may be sent some."""
+        apart = {(self.host[a], self.host[b]) for a, b in self.links}
+        return sorted({p for pair in apart if self.rank in pair for p in pair} - {self.rank})
+
+    def wire(self, peer: int) -> Wire:
+        """What leads to a peer."""
+        return self._far if self.near is None or peer not in self.near.peers else self.near
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`.
 
         Raises:
             AgreementError: an agent here, or a peer, sends something else than the plan says.
-            TransportError: a peer is gone or did not answer within the group's timeout.
+            TransportError: a peer is gone or did not answer in time.
         """
-        route = self._routes.get(phase)
-        if route is None:
-            route = self._routes[phase] = _Route(phase, self.host, self.rank)
         columns = phase.columns(batch)
+        route = self._routes.get((phase, columns))
+        if route is None:
+            route = self._routes[phase, columns] = _Route(self, phase, columns)
         self._check(phase, mail, route.planned, columns)
         self._rounds += 1
-        arrived = {link: mail[link] for link in route.local}
-        if not route.peers:
-            return arrived
-        outbound, inbound = route.frames(columns, self.dtype)
-        pending: list[tuple[int, dist.Work | None]] = []
+        this_time = f"{self.job} {self._rounds}"
+        for links, frame in route.sends:
+            torch.cat([mail[link] for link in links], out=frame.numbers)
+            frame.seal(this_time)
+        for frame in route.receives.values():
+            frame.expect(this_time)
         try:
-            for rank, frame in inbound.items():
-                peer = rank
-                frame.view[frame.stop : frame.stop + 2 * STAMP] = self._untouched
-                pending.append((peer, dist.irecv(frame.bytes, peer)))
-            for rank, frame in outbound.items():
-                peer = rank
-                torch.cat([mail[m.source, m.target] for m in frame.messages], out=frame.numbers)
-                frame.view[:STAMP] = frame.view[frame.stop :] = self._stamp(frame)
-                pending.append((peer, dist.isend(frame.bytes, peer)))
+            for wire, outbound, inbound in route.wires:
+                wire.post(outbound, inbound)
             posted = time.perf_counter()
-            for rank, work in pending:
-                peer = rank
-                if work is not None:
-                    work.wait()
+            for wire, _, _ in route.wires:
+                wire.wait()
             self.waited += time.perf_counter() - posted
-        except RuntimeError as error:
+        except PeerError as error:
             raise TransportError(
-                f"round {phase.name}: the process of agent(s) {self._hosted(peer)} did not answer: "
-                f"{str(error).splitlines()[0]}"
+                f"round {phase.name}: the process of agent(s) {self.hosted(error.peer)} did not "
+                f"answer: {error.problem}"
             ) from error
-        for peer, frame in inbound.items():
-            self._open(frame, phase, peer)
-            parts = frame.numbers.clone().split([m.rows for m in frame.messages])
-            arrived.update(zip(((m.source, m.target) for m in frame.messages), parts, strict=True))
-        return arrived
+        for peer, frame in route.receives.items():
+            if not (frame.begun and frame.ended):
+                raise self._misfit(frame, phase, peer)
+        for narrow, wide in route.widened:
+            wide.copy_(narrow)
+        return self._delivered(phase, {link: mail[link] for link in route.local}) | route.arrivals
 
-    def _stamp(self, frame: _Frame) -> bytes:
-        return f"{self.job} {self._rounds} {frame.label}".encode().ljust(STAMP)[:STAMP]
-
-    def _open(self, frame: _Frame, phase: Round, peer: int) -> None:
-        """Refuse what came in a frame unless it is what was planned."""
-        stop, planned = frame.stop, self._stamp(frame)
-        stamp, end = bytes(frame.view[:STAMP]), bytes(frame.view[stop : stop + 2 * STAMP])
-        if stamp == planned and end == planned + self._untouched[STAMP:]:
-            return
-        text = stamp.decode("ascii", "replace").rstrip()
+    def _misfit(self, frame: Frame, phase: Round, peer: int) -> AgreementError:
+        """What came in a frame is not what was planned."""
+        text = bytes(frame.view[:STAMP]).decode("ascii", "replace").rstrip()
         sent = repr(text) if text.isprintable() else "something that is no message"
-        if stamp == planned:
+        if frame.begun:
             sent += " with fewer or more numbers than it says"
-        raise AgreementError(
-            f"round {phase.name}: the process of agent(s) {self._hosted(peer)} sent {sent}, where "
-            f"{planned.decode().rstrip()!r} is planned (job, number of the round, round, shape, "
-            "dtype, agents)"
+        return AgreementError(
+            f"round {phase.name}: the process of agent(s) {self.hosted(peer)} sent {sent}, where "
+            f"{frame.stamp.decode().rstrip()!r} is planned (job, number of the round, round, "
+            "shape, dtype, agents)"
         )
 
-    def _hosted(self, peer: int) -> str:
+    def hosted(self, peer: int) -> str:
+        """The names of the agents of a peer."""
         return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
 
 
@@ -277,8 +329,13 @@ class Staged:
 
     def __init__(self, inner: PointToPoint, device: torch.device) -> None:
         self.inner, self.device = inner, device
-        self.names, self.sent = inner.names, inner.sent
+        self.names = inner.names
         self._here = {i for i, rank in enumerate(inner.host) if rank == inner.rank}
+
+    @property
+    def sent(self) -> Counter[tuple[int, int]]:
+        """See `Transport`."""
+        return self.inner.sent
 
     @property
     def waited(self) -> float:
@@ -294,47 +351,58 @@ class Staged:
         return {link: tensor.to(self.device) for link, tensor in arrived.items()}
 
 
-class _Frame:
-    """Memory for the messages of a round from one process to another (see `PointToPoint`)."""
-
-    def __init__(
-        self, name: str, messages: Sequence[Message], columns: int, dtype: torch.dtype, spare: int
-    ) -> None:
-        self.messages = messages
-        shape = sum(m.rows for m in messages), columns
-        agents = zlib.crc32(repr([(m.source, m.target, m.rows) for m in messages]).encode())
-        self.label = f"{name} {_described(shape, dtype)} {agents:08x}"
-        self.stop = STAMP + math.prod(shape) * dtype.itemsize
-        self.bytes = torch.empty(self.stop + STAMP + spare, dtype=torch.uint8)
-        self.numbers = self.bytes[STAMP : self.stop].view(dtype).view(shape)
-        self.view = self.bytes.numpy().data
-
-
 class _Route:
-    """A round as seen from one rank: what stays, what goes to which peer, what comes from it."""
+    """A round as seen from one process, and the memory that it takes every time.
 
-    def __init__(self, phase: Round, host: tuple[int, ...], rank: int) -> None:
-        self.name = phase.name
+    Attributes:
+        planned: what the agents here send.
+        local: the links of what stays here.
+        sends: per peer, the links of what goes there, and the frame in which it does.
+        receives: by peer, the frame in which it comes.
+        arrivals: the numbers of those frames by link.
+        widened: per frame whose numbers are narrower than those of agents, these and those.
+        wires: the frames out and in by peer, for each wire.
+    """
+
+    def __init__(self, transport: PointToPoint, phase: Round, columns: int) -> None:
+        host, rank, dtype = transport.host, transport.rank, transport.travels_as(phase)
         self.planned = [m for m in phase.messages if host[m.source] == rank]
         self.local = [(m.source, m.target) for m in self.planned if host[m.target] == rank]
-        self.sends: dict[int, list[Message]] = {}
-        self.receives: dict[int, list[Message]] = {}
+        sends: dict[int, list[Message]] = {}
+        receives: dict[int, list[Message]] = {}
         for m in phase.messages:
             here, there = host[m.source], host[m.target]
             if here == rank != there:
-                self.sends.setdefault(there, []).append(m)
+                sends.setdefault(there, []).append(m)
             elif there == rank != here:
-                self.receives.setdefault(here, []).append(m)
-        self.peers = self.sends.keys() | self.receives.keys()
-        self._frames: dict[int, tuple[dict[int, _Frame], dict[int, _Frame]]] = {}
+                receives.setdefault(here, []).append(m)
+        by_wire: dict[Wire, tuple[dict[int, Frame], dict[int, Frame]]] = {}
+        self.sends: list[tuple[list[tuple[int, int]], Frame]] = []
+        self.receives: dict[int, Frame] = {}
+        self.arrivals: Mail = {}
+        self.widened: list[tuple[Tensor, Tensor]] = []
+        for peer, messages in sends.items():
+            frame = Frame(*_marks(phase, messages, columns, dtype))
+            self.sends.append(([(m.source, m.target) for m in messages], frame))
+            by_wire.setdefault(transport.wire(peer), ({}, {}))[0][peer] = frame
+        for peer, messages in receives.items():
+            wire = transport.wire(peer)
+            frame = self.receives[peer] = wire.inbox(*_marks(phase, messages, columns, dtype))
+            by_wire.setdefault(wire, ({}, {}))[1][peer] = frame
+            numbers = frame.numbers
+            if dtype != transport.dtype:
+                numbers = torch.empty_like(numbers, dtype=transport.dtype)
+                self.widened.append((frame.numbers, numbers))
+            parts = numbers.split([m.rows for m in messages])
+            links = ((m.source, m.target) for m in messages)
+            self.arrivals.update(zip(links, parts, strict=True))
+        self.wires = [(wire, *frames) for wire, frames in by_wire.items()]
 
-    def frames(
-        self, columns: int, dtype: torch.dtype
-    ) -> tuple[dict[int, _Frame], dict[int, _Frame]]:
-        """By peer, the memory to send from and to receive in, the same every time."""
-        if columns not in self._frames:
-            self._frames[columns] = (
-                {r: _Frame(self.name, m, columns, dtype, 0) for r, m in self.sends.items()},
-                {r: _Frame(self.name, m, columns, dtype, SPARE) for r, m in self.receives.items()},
-            )
-        return self._frames[columns]
+
+def _marks(
+    phase: Round, messages: Sequence[Message], columns: int, dtype: torch.dtype
+) -> tuple[str, tuple[int, int], torch.dtype]:
+    """Label, shape and dtype of what goes from one process to another in a round."""
+    shape = sum(m.rows for m in messages), columns
+    agents = zlib.crc32(repr([(m.source, m.target, m.rows) for m in messages]).encode())
+    return f"{phase.name} {_described(shape, dtype)} {agents:08x}", shape, dtype

@@ -91,6 +91,7 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
                 "seed": draw(st.integers(0, 100)),
                 "dtype": dtype,
             },
+            "cluster": {"wire": draw(st.sampled_from(["auto", "gloo"]))},
         }
     )
 
@@ -132,7 +133,7 @@ def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:
 
 def in_process(job: Job, cls: type[InProcess] = InProcess) -> InProcess:
     """The transport of a job whose agents share a process."""
-    return cls(job.architecture.patterns.S, job.topology.names, job.dtype)
+    return cls(job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype)
 
 
 # --- what is wrong -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ They are made recognisable, and everything that a run sends is searched for them
 from __future__ import annotations
 
 import pickle
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -187,18 +188,24 @@ def test_the_encoder_pad_sends_raw_inputs_and_nothing_else(dtype: str) -> None:
 
 
 class Spy(AgentActor):
-    """An actor that keeps a copy of all that it gives to torch.distributed."""
+    """An actor that keeps a copy of all that it gives to torch.distributed and to any socket."""
 
     def plant(self) -> None:
         self.heard: list[bytes] = []
         plant(self.worker)
         for name in "isend", "send", "broadcast", "all_reduce", "reduce", "all_gather":
             setattr(dist, name, self.recorded(getattr(dist, name)))
+        for name in "send", "sendall", "sendmsg", "sendto":
+            setattr(socket.socket, name, self.recorded(getattr(socket.socket, name)))
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def listening(*arguments: Any, **named: Any) -> Any:
-            tensors = [a for a in (*arguments, *named.values()) if isinstance(a, Tensor)]
-            self.heard += [tensor.numpy().tobytes() for tensor in tensors]
+            given = [
+                a.numpy() if isinstance(a, Tensor) else a for a in (*arguments, *named.values())
+            ]
+            self.heard += [
+                bytes(a) for a in given if isinstance(a, np.ndarray | memoryview | bytes)
+            ]
             return function(*arguments, **named)
 
         return listening
@@ -224,12 +231,14 @@ class Listening(RayRunner):
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("encoder", "dtype"), [("linear", "float64"), ("pad", "float32")])
+@pytest.mark.parametrize(
+    ("encoder", "dtype", "wire"), [("linear", "float64", "auto"), ("pad", "float32", "gloo")]
+)
 def test_no_secret_is_in_what_actors_send_or_answer(
-    encoder: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    encoder: str, dtype: str, wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("hdnn_dist.cluster.AgentActor", Spy)
-    runner = Listening(a_job(dtype, encoder))
+    runner = Listening(a_job(dtype, encoder, f"cluster.wire={wire}"))
 
     def asked(method: str) -> list[Any]:  # by the test, not by the run
         return ray.get([getattr(actor, method).remote() for actor in runner._actors])

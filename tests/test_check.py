@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hdnn_dist.agent import Agent
 from hdnn_dist.check import Phase, Report, examine, render
+from hdnn_dist.cost import Calibration
 from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Node
@@ -288,3 +289,23 @@ def test_the_nodes_of_a_live_cluster(cluster: None) -> None:
     [node] = cluster_nodes("auto")
     assert node.resources == {"CPU": 2.0}
     assert ray.is_initialized()  # it was joined before, and stays so
+
+
+def test_without_a_calibration_no_time_is_predicted() -> None:
+    found = report(topology=line("abcd"))
+    assert found.timings == ()
+    assert "run hdnn-dist calibrate" in shown(found)
+
+
+@pytest.mark.parametrize(("latency", "best"), [(1e-2, 1), (1e-7, 4)])
+def test_a_packing_is_suggested_where_it_is_faster(latency: float, best: int) -> None:
+    rest = {"step": 1e-3, "half_step": 1e-4, "message": 0.0, "number": 0.0, "send": 0.0}
+    rates = {"small": 1e9, "large": 1e9, "bandwidth": 1e9}
+    measured = Calibration("h", "d", "t", cores=4, latency=latency, **rest, **rates)
+    cluster = {"agents_per_actor": 2}
+    job = Job.of(spec_from_dict({"topology": line("abcd"), "cluster": cluster}))
+    found = examine(job, (HERE,), measured)
+    now, *others = found.timings
+    assert (now.agents_per_actor, now.actors) == (2, 2)
+    assert [t.actors for t in others] == sorted((1, 2, 4), reverse=best == 4)
+    assert f"suggestion: --set cluster.agents_per_actor={4 // best}" in shown(found)

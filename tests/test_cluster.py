@@ -36,6 +36,7 @@ from hdnn_dist.placement import Packing, hosts
 from hdnn_dist.run import create, regroup
 from hdnn_dist.testing import assert_close, assert_follows_plan, assert_matches_dense
 from hdnn_dist.trainer import Listener, LocalRunner
+from hdnn_dist.transport import PointToPoint
 from tests.strategies import jobs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
@@ -91,6 +92,8 @@ def host(actors: list[Any], job: Job) -> Packing:
         ]
     )
     assert set(digests) == {job.digest}
+    if job.spec.cluster.wire == "auto":
+        call(actors, "connect")
     return packing
 
 
@@ -103,7 +106,7 @@ def test_a_step_on_actors_is_the_dense_one(three: list[Any], job: Job) -> None:
     gradients = {i: own for part in call(three, "gradients") for i, own in part.items()}
     assert_matches_dense(job, result, gradients)
     sent = {link: size for part in call(three, "sent") for link, size in part.items()}
-    assert_follows_plan(sent, job.plan, job.architecture.patterns.S, job.batch, 8)
+    assert_follows_plan(sent, job)
 
 
 @pytest.mark.parametrize("distort", [False, True])
@@ -138,8 +141,13 @@ def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(
         assert all(call(three, "holds", [images[:40].tobytes()])), "SECURITY.md says so"
 
 
-@pytest.mark.parametrize("per_actor", [1, 3])
-def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("per_actor", "wire", "messages"),
+    [(1, "auto", "full"), (3, "auto", "bf16"), (1, "gloo", "fp16"), (3, "gloo", "full")],
+)
+def test_packing_and_wires_do_not_change_the_numbers(
+    per_actor: int, wire: str, messages: str, tmp_path: Path
+) -> None:
     job = Job.load(
         None,
         [
@@ -149,14 +157,23 @@ def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_pat
             "training.clip_norm=0.5",
             "training.distort={rotate: 10, elastic: 1}",
             f"cluster.agents_per_actor={per_actor}",
+            f"cluster.wire={wire}",
+            f"training.messages={messages}",
         ],
     )
+
+    def sockets(actor: AgentActor) -> int:
+        transport = actor.worker.transport
+        assert isinstance(transport, PointToPoint)
+        return 0 if transport.near is None else len(transport.near.peers)
+
     runner, local = RayRunner(job), LocalRunner(job)
     try:
-        assert len(runner.packing) == 6 // per_actor
-        ours, theirs = runner.train(4), local.train(4)
-        assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], abs=1e-12)
-        assert [r.grad_norm for r in ours] == pytest.approx([r.grad_norm for r in theirs])
+        apart = 6 // per_actor
+        assert len(runner.packing) == apart
+        open_ = [ray.get(actor.__ray_call__.remote(sockets)) for actor in runner._actors]
+        assert open_ == [min(2, apart - 1) if wire == "auto" else 0] * apart
+        assert runner.train(4) == local.train(4)
         times = runner.times()
         assert [own.agents for own in times] == [
             tuple(job.topology.names[i] for i in agents) for agents in runner.packing
@@ -168,10 +185,11 @@ def test_packing_and_transport_do_not_change_the_numbers(per_actor: int, tmp_pat
             assert own.wait + sum(own.compute) < own.total
         assert runner.evaluate() == local.evaluate()
         assert runner.sent() == local.sent()
-        assert_close(torch.tensor(runner.predict("test")), torch.tensor(local.predict("test")), "P")
-        files = runner.save(tmp_path)
-        assert sorted(files) == sorted(job.topology.names)
-        assert {f.stem for f in tmp_path.iterdir()} == set(job.topology.names)
+        assert (runner.predict("test") == local.predict("test")).all()
+        files = runner.save(tmp_path / "ours")
+        assert files == local.save(tmp_path / "theirs")  # SHA-256 of weights and optimiser states
+        assert set(files) == set(job.topology.names)
+        assert {f.stem for f in (tmp_path / "ours").iterdir()} == set(job.topology.names)
     finally:
         runner.close()
     assert ray.is_initialized(), "a Ray that was there before is left alone"
@@ -206,7 +224,7 @@ def test_copies_of_the_graph_train_as_one(copies: int, per_actor: int, tmp_path:
         assert_close(runner.gradient_squares(), local.gradient_squares(), "‖∂loss/∂y_j‖²")
         expected = Counter(job.plan.traffic(job.plan.forward, 2 * job.data.test, 8))
         for _ in range(3):
-            expected += Counter(job.plan.traffic(job.plan.training_step, job.batch, 8, copies))
+            expected += Counter(job.traffic(job.plan.training_step))
         assert runner.sent() == expected
         files = runner.save(tmp_path)  # which compares the copies bit by bit
         manifest = Manifest(step=3, state="", files=files, totals=Totals())

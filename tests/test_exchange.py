@@ -119,6 +119,15 @@ def test_bytes_by_hand() -> None:
     }
 
 
+def test_narrow_messages_are_half_the_bytes_but_for_the_norm() -> None:
+    full, bf16 = (
+        job([["a", "b"]], training={"clip_norm": 1.0, "messages": messages})
+        for messages in ("full", "bf16")
+    )
+    norm = 2 * full.dtype.itemsize  # up, and down
+    assert bf16.bytes_per_step - norm == (full.bytes_per_step - norm) / 2
+
+
 def test_one_way_links_are_refused_where_training_needs_the_way_back() -> None:
     edges = [["a", "b"], ["b", "a"], ["b", "c"]]
     one_way = {"directed": True, "links": "one-way"}

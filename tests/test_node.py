@@ -90,7 +90,7 @@ def test_a_distributed_step_is_the_dense_one(device: torch.device, job: Job) -> 
         for i, agent in worker.agents.items()
     }
     assert_matches_dense(job, result, gradients)
-    assert_follows_plan(transport.sent, job.plan, job.architecture.patterns.S, job.batch, 8)
+    assert_follows_plan(transport.sent, job)
 
 
 @given(jobs())
@@ -111,6 +111,56 @@ def test_so_do_those_of_an_analysis(job: Job) -> None:
     worker = Worker(job, range(len(architecture.names)), in_process(job))
     sums = worker.sensitivities(2, torch.ones(2 * architecture.n, 1, dtype=torch.float64))
     assert sums.gram.shape[:2] == (architecture.patterns.layers + 1, 2)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "H2", "graph": "both"},
+        {"name": "H1", "graph": "J"},
+        {"name": "MS1"},
+        {"name": "MS2"},
+        {"name": "MS3"},
+    ],
+)
+def test_no_message_can_be_left_out(model: dict[str, str]) -> None:
+    """Whichever is lost, the gradients, the loss or the norm are others: the plan is minimal."""
+    topology = {"agents": 3, "d": 1, "edges": [["a1", "a2"], ["a2", "a3"]]}
+    training = {"batch_size": 2, "clip_norm": 1e-3, "dtype": "float64"}
+    job = Job.load(
+        {"topology": topology, "model": {**model, "layers": 1, "h": 0.5}, "training": training}
+    )
+
+    class Lossy(InProcess):
+        lost: tuple[int, tuple[int, int]] | None = None
+        rounds = 0
+
+        def exchange(self, phase: Round, mail: dict, batch: int) -> dict:
+            came = super().exchange(phase, mail, batch)
+            self.rounds += 1
+            return {
+                link: torch.zeros_like(tensor) if self.lost == (self.rounds, link) else tensor
+                for link, tensor in came.items()
+            }
+
+    transport = in_process(job, Lossy)
+    worker = Worker(job, range(3), transport)
+    agents = worker.agents.values()
+    initial = [{name: w.clone() for name, w in agent.state().items()} for agent in agents]
+
+    def step(lost: tuple[int, tuple[int, int]] | None) -> tuple[object, list[Tensor]]:
+        for agent, state in zip(agents, initial, strict=True):
+            agent.load_state(state)
+        transport.lost, transport.rounds, worker.step = lost, 0, 0
+        result = worker.train(1)
+        return result, [g.clone() for agent in agents for g in agent.node.gradients.values()]
+
+    whole, gradients = step(None)
+    for k, phase in enumerate(job.plan.training_step, 1):
+        for m in phase.messages:
+            result, found = step((k, (m.source, m.target)))
+            same = all(torch.equal(a, b) for a, b in zip(gradients, found, strict=True))
+            assert result != whole or not same, f"{phase.name}: {m}"
 
 
 @pytest.mark.parametrize("encoder", ["pad", "linear"])

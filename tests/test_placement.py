@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
+import networkx as nx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdnn_dist.placement import Demand, Node, assign, demands, hosts, pack
+from hdnn_dist.placement import Demand, Node, Packing, assign, demands, hosts, pack
 from hdnn_dist.spec import AgentSpec, ClusterSpec
 from hdnn_dist.topology import Topology
 
@@ -17,14 +20,76 @@ def plain(M: int) -> Topology:
     return topology(*(AgentSpec(name=f"a{i}", d=1) for i in range(M)))
 
 
-@given(st.integers(1, 40), st.integers(1, 12))
-def test_every_agent_has_one_actor_and_actors_are_even(M: int, size: int) -> None:
-    packing = pack(plain(M), ClusterSpec(agents_per_actor=size), cores=1)
-    assert [i for agents in packing for i in agents] == list(range(M))
+def graph(name: str, d: int = 4, **arguments: object) -> Topology:
+    return Topology.from_graph(getattr(nx, name)(**arguments), d)
+
+
+def cut(topology: Topology, packing: Packing) -> int:
+    """Undirected edges between actors."""
+    host = hosts(packing)
+    return sum(host[l] != host[i] for l, i in topology.edges) // 2
+
+
+@given(st.integers(1, 40), st.floats(0, 1), st.integers(1, 12), st.integers(0, 99))
+def test_every_agent_has_one_actor_and_actors_are_even(
+    M: int, p: float, size: int, seed: int
+) -> None:
+    there = graph("gnp_random_graph", n=M, p=p, seed=seed)
+    packing = pack(there, ClusterSpec(agents_per_actor=size), cores=1)
+    assert sorted(i for agents in packing for i in agents) == list(range(M))
+    assert all(list(agents) == sorted(agents) for agents in packing)
+    assert list(packing) == sorted(packing)
     sizes = [len(agents) for agents in packing]
     assert max(sizes) <= size
-    assert max(sizes) - min(sizes) <= 1
+    assert len(packing) == math.ceil(M / size)
+    assert max(sizes) == math.ceil(M / len(packing))
     assert [i in packing[rank] for i, rank in enumerate(hosts(packing))] == [True] * M
+
+
+@pytest.mark.parametrize(
+    ("there", "actors", "edges"),
+    [
+        (graph("grid_2d_graph", m=4, n=4), 2, 4),
+        (graph("grid_2d_graph", m=4, n=4), 4, 8),
+        (graph("cycle_graph", n=24), 3, 3),
+        (graph("barbell_graph", m1=6, m2=0), 2, 1),
+        (graph("grid_2d_graph", m=64, n=64), 16, 440),  # squares of 16 x 16: 384
+    ],
+)
+def test_actors_are_cut_where_few_edges_cross(there: Topology, actors: int, edges: int) -> None:
+    for cluster in (
+        ClusterSpec(agents_per_actor="auto"),
+        ClusterSpec(agents_per_actor=len(there.agents) // actors),
+    ):
+        packing = pack(there, cluster, cores=actors)
+        assert len(packing) == actors
+        assert cut(there, packing) <= edges
+
+
+def test_the_order_of_the_agents_does_not_matter_to_the_cut() -> None:
+    """Two cliques and a bridge, with the names of one among those of the other."""
+    order = [k // 2 + 6 * (k % 2) for k in range(12)]
+    shuffled = nx.relabel_nodes(nx.barbell_graph(6, 0), dict(enumerate(order)))
+    scattered = nx.Graph()
+    scattered.add_nodes_from(order)
+    scattered.add_edges_from(shuffled.edges)
+    there = Topology.from_graph(scattered)
+    assert cut(there, pack(there, ClusterSpec(agents_per_actor=6), cores=1)) == 1
+
+
+def test_links_that_carry_more_are_cut_less() -> None:
+    ring = nx.cycle_graph(6)
+    nx.set_node_attributes(ring, dict(enumerate((9, 9, 1, 9, 9, 1))), "d")
+    host = hosts(pack(Topology.from_graph(ring), ClusterSpec(agents_per_actor=3), 1))
+    assert (host[0], host[3]) == (host[1], host[4])
+
+
+def test_auto_evens_out_what_is_computed() -> None:
+    star = nx.star_graph(8)
+    nx.set_node_attributes(star, {0: 256}, "d")
+    there = Topology.from_graph(star, d=2)
+    with_hub, without = pack(there, ClusterSpec(agents_per_actor="auto"), 2)
+    assert (len(with_hub), len(without)) in ((1, 8), (2, 7))
 
 
 @pytest.mark.parametrize(("cores", "actors"), [(1, 1), (2, 2), (3, 3), (16, 16), (64, 16)])
@@ -38,6 +103,8 @@ def test_agents_with_other_labels_do_not_share_an_actor() -> None:
     ]
     packing = pack(topology(*agents), ClusterSpec(agents_per_actor=4), cores=1)
     assert packing == ((0, 1, 2), (3, 4))
+    scattered = [agents[k] for k in (0, 3, 1, 4, 2)]
+    assert pack(topology(*scattered), ClusterSpec(agents_per_actor=4), 1) == ((0, 2, 4), (1, 3))
     assert [d.labels for d in demands(topology(*agents), packing, 4)] == [
         {"site": "x"},
         {"site": "y"},

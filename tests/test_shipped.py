@@ -46,6 +46,6 @@ def test_it_trains(path: Path, folder: Path) -> None:
     first = runner.train(1)
     gradients = {i: agent.node.gradients for i, agent in runner.worker.agents.items()}
     assert_matches_dense(job, first[0], gradients)
-    assert_follows_plan(runner.sent(), job.plan, job.architecture.patterns.S, job.batch, 8)
+    assert_follows_plan(runner.sent(), job)
     last = runner.train(9)[-1]
     assert last.loss < first[0].loss, "training does not descend"

@@ -19,7 +19,8 @@ from hdnn_dist.errors import AgreementError
 from hdnn_dist.exchange import Message, Round
 from hdnn_dist.node import Exchange
 from hdnn_dist.sparsity import BlockPattern
-from hdnn_dist.transport import SPARE, STAMP, InProcess, Mail, PointToPoint, Staged, _Frame, drive
+from hdnn_dist.transport import InProcess, Mail, PointToPoint, Staged, _Route, drive
+from hdnn_dist.wires import SPARE, STAMP, Gloo, Sockets, connect
 
 phase = Round("states", (Message(0, 1, 2),))
 links = BlockPattern.of(3, [(0, 0), (1, 0), (1, 1), (2, 2)])  # 1 may hear from 0, not 0 from 1
@@ -27,8 +28,8 @@ NAMES = ("ann", "ben", "eve")
 TIMEOUT = 3.0  # seconds
 
 
-def in_process() -> InProcess:
-    return InProcess(links, NAMES, torch.float32)
+def in_process(per_sample: torch.dtype = torch.float32) -> InProcess:
+    return InProcess(links, NAMES, torch.float32, per_sample)
 
 
 def test_a_message_arrives_and_is_counted() -> None:
@@ -36,6 +37,24 @@ def test_a_message_arrives_and_is_counted() -> None:
     mail = {(0, 1): torch.ones(2, 3)}
     assert transport.exchange(phase, mail, batch=3) == mail
     assert transport.sent == {(0, 1): 2 * 3 * 4}
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_narrow_message_is_rounded_and_counted_as_such(narrow: torch.dtype) -> None:
+    transport = in_process(narrow)
+    numbers = torch.tensor([[1 / 3, 1e-9, 70000.0], [1.0, -2.5, 0.0]])
+    came = transport.exchange(phase, {(0, 1): numbers}, batch=3)[0, 1]
+    assert came.dtype == torch.float32
+    assert torch.equal(came, numbers.to(narrow).float())
+    assert not torch.equal(came, numbers)
+    assert transport.sent == {(0, 1): 2 * 3 * 2}
+
+
+def test_what_there_is_not_one_of_per_sample_is_never_narrow() -> None:
+    transport, norm = in_process(torch.bfloat16), Round("norm", phase.messages, per_sample=False)
+    numbers = torch.tensor([[1 / 3], [1e-9]])
+    assert torch.equal(transport.exchange(norm, {(0, 1): numbers}, batch=3)[0, 1], numbers)
+    assert transport.sent == {(0, 1): 2 * 4}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +135,8 @@ def test_agents_are_resumed_in_their_own_rounds_alone() -> None:
     seen: list[object] = []
     first, second = (Round(f"{s} to {t}", (Message(s, t, 1),)) for s, t in ((2, 1), (1, 0)))
     agents = {0: agent(0, second), 1: agent(1, first, second), 2: agent(2, first)}
-    transport = Recorder(BlockPattern.of(3, [(1, 2), (0, 1)]), NAMES, torch.float32)
+    pattern = BlockPattern.of(3, [(1, 2), (0, 1)])
+    transport = Recorder(pattern, NAMES, torch.float32, torch.float32)
     assert drive(agents, transport, 3, [first, second]) == {0: 3.0, 1: 3.0, 2: 2.0}
     assert seen == ["2 to 1", 1, 2, "1 to 0", 0, 1]
 
@@ -127,7 +147,7 @@ def test_what_leaves_the_process_goes_by_host_memory() -> None:
 
     class Wire(PointToPoint):
         def __init__(self) -> None:
-            InProcess.__init__(self, links, NAMES, torch.float32)
+            InProcess.__init__(self, links, NAMES, torch.float32, torch.float32)
             self.host, self.rank = (0, 1, 0), 0
 
         def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
@@ -146,74 +166,111 @@ def test_what_leaves_the_process_goes_by_host_memory() -> None:
 # --- between processes: ann, ben and eve have one each, and ben keeps to the plan -----------------
 
 MAIL = {(0, 1): torch.arange(6.0).view(2, 3)}
+Near = Sockets | None
+Action = Callable[[Near], object]
 
 
-def transport(job: str = "job", dtype: torch.dtype = torch.float32) -> PointToPoint:
-    return PointToPoint(links, NAMES, dtype, host=(0, 1, 2), job=job)
+def transport(near: Near, job: str = "job", dtype: torch.dtype = torch.float32) -> PointToPoint:
+    made = PointToPoint(links, NAMES, dtype, dtype, (0, 1, 2), job, dist.get_rank(), Gloo())
+    made.near = near
+    return made
 
 
-def send(frame: Tensor) -> None:
-    work = dist.isend(frame, 1)
+def send(near: Near, message: Tensor) -> None:
+    if near is not None:
+        near.peers[1].send(message.view(torch.uint8).numpy().data)
+        return
+    work = dist.isend(message, 1)
     assert work is not None
     work.wait()
 
 
 def frame() -> Tensor:
     """What the plan has ann send to ben, stamps and all."""
-    planned = _Frame("states", phase.messages, 3, torch.float32, 0)
+    [(_, planned)] = _Route(transport(None), phase, 3).sends
     planned.numbers.copy_(MAIL[0, 1])
-    sender = transport()
-    sender._rounds = 1
-    planned.view[:STAMP] = planned.view[planned.stop :] = sender._stamp(planned)
+    planned.seal("job 1")
     return planned.bytes
 
 
-def out_of_step() -> None:
-    sender = transport()
+def out_of_step(near: Near) -> None:
+    sender = transport(near)
     sender._rounds = 6
     sender.exchange(phase, MAIL, 3)
 
 
-def of_others() -> None:
-    eve_too = Round("states", (Message(2, 1, 2),))
-    sender = PointToPoint(BlockPattern.of(3, [(1, 2)]), NAMES, torch.float32, (1, 1, 0), "job")
+def of_others(near: Near) -> None:
+    eve_too, only = Round("states", (Message(2, 1, 2),)), BlockPattern.of(3, [(1, 2)])
+    sender = PointToPoint(only, NAMES, torch.float32, torch.float32, (1, 1, 0), "job", 0, Gloo())
+    sender.near = near
     sender.exchange(eve_too, {(2, 1): MAIL[0, 1]}, 3)
 
 
-CUT = "'job 1 states 2x3 float32 [^']*' with fewer or more numbers than it says"
-MISDEEDS: dict[str, tuple[Callable[[], object], str]] = {
+def silent(near: Near) -> None:
+    pass
+
+
+MISDEEDS: dict[str, tuple[Action, str]] = {
     "another shape": (
-        lambda: transport().exchange(
+        lambda near: transport(near).exchange(
             Round("states", (Message(0, 1, 4),)), {(0, 1): torch.ones(4, 3)}, 3
         ),
         "'job 1 states 4x3 float32 [^']*', where 'job 1 states 2x3 float32",
     ),
+    "fewer rows": (
+        lambda near: transport(near).exchange(
+            Round("states", (Message(0, 1, 1),)), {(0, 1): torch.ones(1, 3)}, 3
+        ),
+        "'job 1 states 1x3 float32 [^']*', where 'job 1 states 2x3 float32",
+    ),
     "another batch": (
-        lambda: transport().exchange(phase, {(0, 1): torch.ones(2, 5)}, 5),
+        lambda near: transport(near).exchange(phase, {(0, 1): torch.ones(2, 5)}, 5),
         "'job 1 states 2x5 float32",
     ),
     "another dtype": (
-        lambda: transport(dtype=torch.float64).exchange(phase, {(0, 1): MAIL[0, 1].double()}, 3),
+        lambda near: transport(near, dtype=torch.float64).exchange(
+            phase, {(0, 1): MAIL[0, 1].double()}, 3
+        ),
         "'job 1 states 2x3 float64",
     ),
     "another round": (
-        lambda: transport().exchange(Round("pull", phase.messages), MAIL, 3),
+        lambda near: transport(near).exchange(Round("pull", phase.messages), MAIL, 3),
         "'job 1 pull 2x3 float32",
     ),
     "a later round": (out_of_step, "'job 7 states 2x3 float32"),
     "another job": (
-        lambda: transport("other").exchange(phase, MAIL, 3),
+        lambda near: transport(near, "other").exchange(phase, MAIL, 3),
         "'other 1 states 2x3 float32",
     ),
     "another agent's message": (of_others, "'job 1 states 2x3 float32"),
-    "fewer numbers": (lambda: send(frame()[: STAMP + 12]), CUT),
+    "no message": (
+        lambda near: send(near, torch.full((200,), 7.0)),
+        "something that is no message",
+    ),
+    "more numbers": (
+        lambda near: send(
+            near, torch.cat([frame()[:-STAMP], torch.ones(16, dtype=torch.uint8), frame()[-STAMP:]])
+        ),
+        CUT := "'job 1 states 2x3 float32 [^']*' with fewer or more numbers than it says",
+    ),
+}
+# A socket has no end of a message to tell: what is missing is waited for, what is too much is taken
+# for the beginning of the next (see `test_wires`).
+OF_GLOO: dict[str, tuple[Action, str]] = {
+    "fewer numbers": (lambda near: send(near, frame()[: STAMP + 12]), CUT),
     "fewer numbers and the stamp": (
-        lambda: send(torch.cat([frame()[: STAMP + 12], frame()[-STAMP:]])),
+        lambda near: send(near, torch.cat([frame()[: STAMP + 12], frame()[-STAMP:]])),
         CUT,
     ),
-    "more numbers": (lambda: send(torch.cat([frame(), torch.zeros(16, dtype=torch.uint8)])), CUT),
-    "no message": (lambda: send(torch.full((200,), 7.0)), "something that is no message"),
+    "more behind the stamp": (
+        lambda near: send(near, torch.cat([frame(), torch.zeros(16, dtype=torch.uint8)])),
+        CUT,
+    ),
 }
+ON_WIRES = [
+    *((wire, misdeed) for misdeed in MISDEEDS for wire in ("gloo", "sockets")),
+    *(("gloo", misdeed) for misdeed in OF_GLOO),
+]
 
 
 def group(rank: int, store: dist.Store) -> None:
@@ -232,55 +289,81 @@ def attempt(action: Callable[[], object], record: Path) -> None:
     record.write_text(f"{time.monotonic() - started}\n{said}")
 
 
-def ben() -> object:
-    return transport().exchange(phase, {}, 3)[0, 1].tolist()
+def ben(near: Near) -> object:
+    return transport(near).exchange(phase, {}, 3)[0, 1].tolist()
 
 
 def misdeeds(rank: int, folder: Path) -> None:
     """Ann's misdeeds, each in a group of its own; then eve sends what nobody awaits."""
     store = dist.FileStore(str(folder / "meeting"), 3)
-    casts: dict[str, tuple[Callable[[], object], ...]] = {
-        misdeed: (action, ben, lambda: None) for misdeed, (action, _) in MISDEEDS.items()
+    casts: dict[tuple[str, str], tuple[Action, Action, Action]] = {
+        (wire, misdeed): ((MISDEEDS | OF_GLOO)[misdeed][0], ben, silent)
+        for wire, misdeed in ON_WIRES
     }
-    casts["eve"] = (lambda: transport().exchange(phase, MAIL, 3), ben, lambda: send(frame()))
-    for misdeed, cast in casts.items():
-        group(rank, dist.PrefixStore(misdeed, store))
-        attempt(cast[rank], folder / f"{misdeed} {rank}")
-        store.set(f"{misdeed} {rank}", "done")
-        store.wait([f"{misdeed} {other}" for other in range(3)], datetime.timedelta(seconds=60))
+    casts["gloo", "eve"] = (
+        lambda near: transport(near).exchange(phase, MAIL, 3),
+        ben,
+        lambda near: send(near, torch.zeros(8)),
+    )
+    casts["sockets", "silence"] = (silent, ben, silent)
+    casts["sockets", "death"] = (lambda near: near and near.close(), ben, silent)
+    for (wire, misdeed), cast in casts.items():
+        name = f"{wire} {misdeed}"
+        group(rank, dist.PrefixStore(name, store))
+        peers = [r for r in range(3) if r != rank]
+        near = None
+        if wire == "sockets":
+            near = Sockets(connect(store, name, rank, peers, 60), TIMEOUT)
+        attempt(lambda cast=cast, near=near: cast[rank](near), folder / f"{name} {rank}")  # type: ignore[misc]
+        store.set(f"done {name} {rank}", "")
+        store.wait([f"done {name} {other}" for other in range(3)], datetime.timedelta(seconds=60))
         dist.destroy_process_group()
+        if near is not None:
+            near.close()
 
 
 def flood(rank: int, folder: Path) -> None:
     group(rank, dist.FileStore(str(folder / "meeting"), 3))
     too_much = torch.zeros(2 * SPARE, dtype=torch.uint8)
-    attempt((lambda: send(too_much), ben, lambda: None)[rank], folder / f"flood {rank}")
+    acts: tuple[Action, ...] = (lambda near: send(near, too_much), ben, silent)
+    attempt(lambda: acts[rank](None), folder / f"flood {rank}")
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, str]]:
-    """By misdeed and rank: the seconds that it took, and what came of it."""
+    """By wire, misdeed and rank: the seconds that it took, and what came of it."""
     folder = tmp_path_factory.mktemp("misdeeds")
     spawn(misdeeds, (folder,), nprocs=3)
     records = {p.name: p.read_text().split("\n", 1) for p in folder.iterdir() if " " in p.name}
     return {name: (float(seconds), said) for name, (seconds, said) in records.items()}
 
 
-@pytest.mark.parametrize("misdeed", MISDEEDS)
+@pytest.mark.parametrize(("wire", "misdeed"), ON_WIRES)
 def test_a_process_that_sends_something_else_is_named(
-    said: dict[str, tuple[float, str]], misdeed: str
+    said: dict[str, tuple[float, str]], wire: str, misdeed: str
 ) -> None:
-    seconds, complaint = said[f"{misdeed} 1"]
+    seconds, complaint = said[f"{wire} {misdeed} 1"]
     named = "AgreementError: round states: the process of agent.s. ann sent "
-    assert re.search(named + MISDEEDS[misdeed][1], complaint), complaint
+    assert re.search(named + (MISDEEDS | OF_GLOO)[misdeed][1], complaint), complaint
     assert seconds < TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("misdeed", "complaint"), [("silence", "no news within 3 s"), ("death", "it has hung up")]
+)
+def test_a_process_that_sends_nothing_is_named(
+    said: dict[str, tuple[float, str]], misdeed: str, complaint: str
+) -> None:
+    _, error = said[f"sockets {misdeed} 1"]
+    named = "TransportError: round states: the process of agent(s) ann did not answer: "
+    assert error == named + complaint
 
 
 def test_what_nobody_awaits_is_not_read_and_its_sender_fails(
     said: dict[str, tuple[float, str]],
 ) -> None:
-    assert said["eve 1"][1] == repr(MAIL[0, 1].tolist())
-    seconds, complaint = said["eve 2"]
+    assert said["gloo eve 1"][1] == repr(MAIL[0, 1].tolist())
+    seconds, complaint = said["gloo eve 2"]
     assert "Timed out" in complaint
     assert seconds < 3 * TIMEOUT
 
