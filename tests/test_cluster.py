@@ -491,11 +491,11 @@ def test_a_token_is_shown_by_a_program_that_imported_ray_before(
 
 def test_a_ray_of_ones_own_asks_for_a_token_from_the_start() -> None:
     code = (
-        "import ray; from hdnn_dist.cluster import RayRunner, _admits, _token\n"
+        "import ray; from hdnn_dist.cluster import RayRunner, _admits, token\n"
         "from hdnn_dist.job import Job\n"
         f"RayRunner(Job.load(None, {[*TINY, 'topology.agents=1', 'topology.edges=[]']}))\n"
         "address = ray.get_runtime_context().gcs_address\n"
-        "print(_admits(address), _admits(address, 'guess' * 8), _admits(address, _token()[1]))"
+        "print(_admits(address), _admits(address, 'guess' * 8), _admits(address, token()[1]))"
     )
     with tempfile.TemporaryDirectory(prefix="hdnn") as home:
         done = subprocess.run(

@@ -184,9 +184,9 @@ def test_shipped_topologies(path: Path | None, tmp_path: Path) -> None:
 
 
 def test_ten_topologies_are_shipped() -> None:
-    assert len(SHIPPED) == 10
+    assert len(SHIPPED) == 11
     names = {read_spec(path)[0].topology.name for path in SHIPPED}
-    assert len(names) == 10
+    assert len(names) == 10  # one grid, with two ways to train on it
 
 
 # --- refusals ------------------------------------------------------------------------------------
