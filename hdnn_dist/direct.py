@@ -18,17 +18,15 @@ from torch import Tensor
 from hdnn_dist.errors import AgreementError, TransportError
 from hdnn_dist.exchange import Message, Round
 from hdnn_dist.sparsity import BlockPattern
-from hdnn_dist.transport import InProcess, Mail
+from hdnn_dist.transport import Apart, Mail, Sides
 from hdnn_dist.wires import STAMP
 
 
-class Direct(InProcess):
+class Direct(Apart):
     """Agents are spread over the processes of the default torch.distributed group, a device each.
 
     Args:
-        links, names, dtype, per_sample: as in `InProcess`.
-        host: per agent, the rank of the process that hosts it.
-        job: the digest of what all processes have agreed on.
+        links, names, dtype, per_sample, host, job: as in `hdnn_dist.transport.Apart`.
         device: of this process.
     """
 
@@ -42,10 +40,9 @@ class Direct(InProcess):
         job: str,
         device: torch.device,
     ) -> None:
-        super().__init__(links, names, dtype, per_sample)
-        self.host, self.job, self.device = tuple(host), job[:12], device
-        self.rank = dist.get_rank()
-        self._rounds = 0
+        super().__init__(links, names, dtype, per_sample, host, job, dist.get_rank())
+        self.device = device
+        self._sides: dict[Round, Sides] = {}
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`. All messages of a round are one operation: none waits for another.
@@ -55,21 +52,13 @@ class Direct(InProcess):
             TransportError: a peer is gone or did not answer within the group's timeout.
         """
         columns, dtype = phase.columns(batch), self.travels_as(phase)
-        planned = [m for m in phase.messages if self.host[m.source] == self.rank]
-        self._check(phase, mail, planned, columns)
+        sides = self._sides.get(phase)
+        if sides is None:
+            sides = self._sides[phase] = Sides(phase, self.host, self.rank)
+        sends, receives = sides.sends, sides.receives
+        self._check(phase, mail, sides.planned, columns)
         self._rounds += 1
-        sends: dict[int, list[Message]] = {}
-        receives: dict[int, list[Message]] = {}
-        local: Mail = {}
-        for m in phase.messages:
-            here, there = self.host[m.source], self.host[m.target]
-            if here == there == self.rank:
-                local[m.source, m.target] = mail[m.source, m.target]
-            elif here == self.rank:
-                sends.setdefault(there, []).append(m)
-            elif there == self.rank:
-                receives.setdefault(here, []).append(m)
-        arrived = self._delivered(phase, local)
+        arrived = self._delivered(phase, {link: mail[link] for link in sides.local})
         if not sends and not receives:
             return arrived
         frames = {peer: self._room(messages, columns, dtype) for peer, messages in receives.items()}
@@ -88,7 +77,7 @@ class Direct(InProcess):
         except RuntimeError as error:
             peers = {operation.peer for operation in operations}
             raise TransportError(
-                f"round {phase.name}: a process of agent(s) {self._hosted(peers)} did not answer: "
+                f"round {phase.name}: a process of agent(s) {self.hosted(*peers)} did not answer: "
                 f"{str(error).splitlines()[0]}"
             ) from error
         self.waited += time.perf_counter() - posted
@@ -96,7 +85,7 @@ class Direct(InProcess):
             wanted = self._stamp(phase, messages, columns, dtype)
             if not torch.equal(stamps[peer], wanted):
                 raise AgreementError(
-                    f"round {phase.name}: the process of agent(s) {self._hosted({peer})} sent "
+                    f"round {phase.name}: the process of agent(s) {self.hosted(peer)} sent "
                     f"{_text(stamps[peer])!r}, where {_text(wanted)!r} is planned (job, number of "
                     "the round, round, shape, dtype, agents)"
                 )
@@ -116,9 +105,6 @@ class Direct(InProcess):
         agents = ",".join(f"{m.source}-{m.target}" for m in messages)
         text = f"{self.job} {self._rounds} {phase.name} {shape} {agents}"
         return torch.frombuffer(bytearray(text.encode().ljust(STAMP)[:STAMP]), dtype=torch.uint8)
-
-    def _hosted(self, peers: set[int]) -> str:
-        return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank in peers)
 
 
 def _numbers(frame: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

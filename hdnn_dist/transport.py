@@ -218,18 +218,66 @@ def _described(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
-class PointToPoint(InProcess):
-    """Agents are spread over processes.
-
-    What one process has for another in a round travels as one message, in the plan's order, with a
-    stamp at both ends: job, how many rounds went before, round, shape, dtype and who sends to whom.
-    All is posted before anything is waited for, so that no order of processes can deadlock.
+class Apart(InProcess):
+    """Agents are spread over processes, which take the same rounds.
 
     Args:
         links, names, dtype, per_sample: as in `InProcess`.
         host: per agent, the rank of the process that hosts it.
         job: the digest of what all processes have agreed on.
         rank: of this process.
+    """
+
+    def __init__(
+        self,
+        links: BlockPattern,
+        names: Sequence[str],
+        dtype: torch.dtype,
+        per_sample: torch.dtype,
+        host: Sequence[int],
+        job: str,
+        rank: int,
+    ) -> None:
+        super().__init__(links, names, dtype, per_sample)
+        self.host, self.job, self.rank = tuple(host), job[:12], rank
+        self._rounds = 0
+
+    def hosted(self, *peers: int) -> str:
+        """The names of the agents of some peers."""
+        return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank in peers)
+
+
+class Sides:
+    """A round as seen from one process.
+
+    Attributes:
+        planned: what the agents here send.
+        local: the links of what stays here.
+        sends, receives: what goes to other processes and comes from them, by rank.
+    """
+
+    def __init__(self, phase: Round, host: Sequence[int], rank: int) -> None:
+        self.planned = [m for m in phase.messages if host[m.source] == rank]
+        self.local = [(m.source, m.target) for m in self.planned if host[m.target] == rank]
+        self.sends: dict[int, list[Message]] = {}
+        self.receives: dict[int, list[Message]] = {}
+        for m in phase.messages:
+            here, there = host[m.source], host[m.target]
+            if here == rank != there:
+                self.sends.setdefault(there, []).append(m)
+            elif there == rank != here:
+                self.receives.setdefault(here, []).append(m)
+
+
+class PointToPoint(Apart):
+    """Agents are spread over processes, and messages go over wires.
+
+    What one process has for another in a round travels as one message, in the plan's order, with a
+    stamp at both ends: job, how many rounds went before, round, shape, dtype and who sends to whom.
+    All is posted before anything is waited for, so that no order of processes can deadlock.
+
+    Args:
+        links, names, dtype, per_sample, host, job, rank: as in `Apart`.
         far: the wire to the others.
 
     Attributes:
@@ -247,11 +295,9 @@ class PointToPoint(InProcess):
         rank: int,
         far: Wire,
     ) -> None:
-        super().__init__(links, names, dtype, per_sample)
-        self.host, self.job, self.rank = tuple(host), job[:12], rank
+        super().__init__(links, names, dtype, per_sample, host, job, rank)
         self._far = far
         self.near: Sockets | None = None
-        self._rounds = 0
         self._routes: dict[tuple[Round, int], _Route] = {}
 
     @property
@@ -314,10 +360,6 @@ class PointToPoint(InProcess):
             "shape, dtype, agents)"
         )
 
-    def hosted(self, peer: int) -> str:
-        """The names of the agents of a peer."""
-        return ", ".join(n for n, rank in zip(self.names, self.host, strict=True) if rank == peer)
-
 
 class Staged:
     """Agents here are on a device, and what they send to other processes goes by host memory.
@@ -355,8 +397,7 @@ class _Route:
     """A round as seen from one process, and the memory that it takes every time.
 
     Attributes:
-        planned: what the agents here send.
-        local: the links of what stays here.
+        planned, local: as in `Sides`.
         sends: per peer, the links of what goes there, and the frame in which it does.
         receives: by peer, the frame in which it comes.
         arrivals: the numbers of those frames by link.
@@ -365,27 +406,18 @@ class _Route:
     """
 
     def __init__(self, transport: PointToPoint, phase: Round, columns: int) -> None:
-        host, rank, dtype = transport.host, transport.rank, transport.travels_as(phase)
-        self.planned = [m for m in phase.messages if host[m.source] == rank]
-        self.local = [(m.source, m.target) for m in self.planned if host[m.target] == rank]
-        sends: dict[int, list[Message]] = {}
-        receives: dict[int, list[Message]] = {}
-        for m in phase.messages:
-            here, there = host[m.source], host[m.target]
-            if here == rank != there:
-                sends.setdefault(there, []).append(m)
-            elif there == rank != here:
-                receives.setdefault(here, []).append(m)
+        sides, dtype = Sides(phase, transport.host, transport.rank), transport.travels_as(phase)
+        self.planned, self.local = sides.planned, sides.local
         by_wire: dict[Wire, tuple[dict[int, Frame], dict[int, Frame]]] = {}
         self.sends: list[tuple[list[tuple[int, int]], Frame]] = []
         self.receives: dict[int, Frame] = {}
         self.arrivals: Mail = {}
         self.widened: list[tuple[Tensor, Tensor]] = []
-        for peer, messages in sends.items():
+        for peer, messages in sides.sends.items():
             frame = Frame(*_marks(phase, messages, columns, dtype))
             self.sends.append(([(m.source, m.target) for m in messages], frame))
             by_wire.setdefault(transport.wire(peer), ({}, {}))[0][peer] = frame
-        for peer, messages in receives.items():
+        for peer, messages in sides.receives.items():
             wire = transport.wire(peer)
             frame = self.receives[peer] = wire.inbox(*_marks(phase, messages, columns, dtype))
             by_wire.setdefault(wire, ({}, {}))[1][peer] = frame
