@@ -247,9 +247,8 @@ class Agent:
         self._regularise()
         self.fault = self._find_fault(step, self._first_state, self._norms)
         self._first_state = None
-        if self.fault is None and not math.isfinite(loss):
-            after_layers = self.job.architecture.patterns.layers + 0.5
-            self.fault = Fault(step + 1, after_layers, self.name, "the loss")
+        if self.fault is None:
+            self.fault = self._loss_fault(step + 1, loss, "the loss")
         norm = yield from self._clip()
         lr = self._set_learning_rate(step)
         if norm is not None and not math.isfinite(norm):
@@ -281,6 +280,12 @@ class Agent:
                 return Fault(step + 1, 2 * N + 2, self.name, what)
         return Fault(step + 1, 2 * N + 2, self.name, "the norm of the gradient")
 
+    def _loss_fault(self, step: int, loss: float, what: str) -> Fault | None:
+        """A loss that is not finite: met after all layers, and before the way back."""
+        if math.isfinite(loss):
+            return None
+        return Fault(step, self.job.architecture.patterns.layers + 0.5, self.name, what)
+
     def evaluate(
         self, part: Part, start: int, stop: int, step: int
     ) -> Exchange[tuple[float, int] | None]:
@@ -297,10 +302,10 @@ class Agent:
             return None
         labels_B = self.labels(part)[start:stop].to(self.device)
         loss, correct, _ = cross_entropy(scores, labels_B)
-        if self.fault is None and not math.isfinite(loss):
-            after_layers = self.job.architecture.patterns.layers + 0.5
-            self.fault = Fault(step, after_layers, self.name, f"the {part} set's loss")
-        return loss.item(), int(correct)
+        summed: float = loss.item()
+        if self.fault is None:
+            self.fault = self._loss_fault(step, summed, f"the {part} set's loss")
+        return summed, int(correct)
 
     def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:
         """Class probabilities `(B, C)` of own features of a batch; None but at the root."""

@@ -703,13 +703,17 @@ class RayRunner:
         return f"the actor of agent{'s' * (len(self.packing[k]) > 1)} {names}{which}{node}"
 
 
+def _channel(address: str) -> grpc.Channel:
+    """To one of Ray's servers, past any proxy."""
+    return grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)])
+
+
 def _knock(addresses: Iterable[str]) -> dict[str, bool | None]:
     """Whether a raylet answers at each address; False if nobody is there, None if it is silent."""
     with contextlib.ExitStack() as stack:
         calls = {}
         for address in set(addresses):
-            channel = grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)])
-            ask = stack.enter_context(channel).unary_unary("/grpc.health.v1.Health/Check")
+            ask = stack.enter_context(_channel(address)).unary_unary("/grpc.health.v1.Health/Check")
             calls[address] = ask.future(b"", timeout=KNOCK)
         return {address: _is_there(address, call.code()) for address, call in calls.items()}
 
@@ -851,7 +855,7 @@ def token() -> tuple[str, str]:
 
 def _admits(address: str, token: str | None = None) -> bool | None:
     """Whether a Ray cluster lets in who shows this token, or none; None if it cannot be told."""
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with _channel(address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         shown = [("authorization", f"Bearer {token}")] if token else None
         try:

@@ -197,7 +197,7 @@ class Plan:
     @cached_property
     def layers(self) -> tuple[Round, ...]:
         """The rounds from the first state to the last."""
-        layers = range(len(self.states))
+        layers = range(self.depth)
         return tuple(r for j in layers for u in self.updates for r in self.half_step(j, u))
 
     @cached_property
@@ -217,7 +217,7 @@ class Plan:
     def pull_back(self) -> tuple[Round, ...]:
         """The rounds of `backward` through the layers."""
         rounds: list[Round] = []
-        for j in reversed(range(len(self.states))):
+        for j in reversed(range(self.depth)):
             for update in reversed(self.updates):
                 half_step = self.half_step(j, update)
                 rounds += half_step if self.recompute else ()
@@ -242,8 +242,8 @@ class Plan:
 
     def analysis(self, energy: bool) -> tuple[Round, ...]:
         """The rounds of the analysis of one sample: `J M` of each cotangent, and the energies."""
-        layers = range(len(self.states))
-        products = self.interconnect * (len(self.states) + 1)
+        layers = range(self.depth)
+        products = self.interconnect * (self.depth + 1)
         arguments = (r for j in layers for u in self.updates for r in self.argument(j, u))
         return (*self.layers, *self.pull_back, *products, *(arguments if energy else ()))
 
