@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 import ray
+import ray.exceptions
 import torch
 from ray.cluster_utils import Cluster
 
@@ -67,33 +68,42 @@ class Killer(Listener):
 
     def started(self, runner: Runner, step: int) -> None:
         assert isinstance(runner, RayRunner)
+        self.runner = runner
         if self.killed_at:
             self.back.setdefault(self.kind, []).append(time.monotonic() - self.killed_at)
             self.lost_steps.append(self.reached - step)
+        self.strike(runner)
+
+    def strike(self, runner: RayRunner) -> None:
         if self.plan:
-            arguments = runner, self.plan.pop(), self.random.randrange(3)
-            self.timer = threading.Timer(self.random.uniform(0.1, 1.5), self.kill, arguments)
+            self.timer = threading.Timer(self.random.uniform(0.1, 1.5), self.kill, (runner,))
             self.timer.start()
 
-    def kill(self, runner: RayRunner, kind: str, rank: int) -> None:
-        actor = runner._actors[rank]
+    def kill(self, runner: RayRunner) -> None:
+        rank = self.random.randrange(len(runner._actors))  # fewer, while a machine is missing
+        actor, who, node_of = runner._actors[rank], runner._who(rank), runner._nodes[rank]
         call = actor.__ray_call__.options(concurrency_group="health")
-        process = psutil.Process(ray.get(call.remote(lambda _: os.getpid())))
+        try:
+            process = psutil.Process(ray.get(call.remote(lambda _: os.getpid()), timeout=10))
+            node = next(n for n in self.nodes if n.node_id[:8] in node_of)
+        except (ray.exceptions.RayError, psutil.NoSuchProcess, StopIteration) as error:
+            print(f"not struck, as it is not there: {who}: {error!r}", flush=True)
+            return
         with self.lock:
-            self.kind, self.victim = kind, runner._who(rank)
-            self.killed[kind] += 1
+            self.kind, self.victim = self.plan.pop(), who
+            self.killed[self.kind] += 1
             self.killed_at = time.monotonic()
-            if kind == "actor":
+            if self.kind == "actor":
                 ray.kill(actor)
                 return
-            number = signal.SIGSTOP if kind in STOPS else signal.SIGKILL
+            number = signal.SIGSTOP if self.kind in STOPS else signal.SIGKILL
             processes = [process]
-            if not kind.endswith("process"):
-                node = next(n for n in self.nodes if n.node_id[:8] in runner._nodes[rank])
+            if not self.kind.endswith("process"):
                 self.nodes.remove(node)
                 [raylet] = node.all_processes["raylet"]
                 top = psutil.Process(raylet.process.pid)
-                processes = [top] if kind == "raylet" else [top, *top.children(recursive=True)]
+                alone = self.kind == "raylet"
+                processes = [top] if alone else [top, *top.children(recursive=True)]
             for each in processes:
                 each.send_signal(number)
             if number == signal.SIGSTOP:
@@ -101,8 +111,12 @@ class Killer(Listener):
 
     def stepped(self, results: object, progress: Progress) -> None:
         self.reached = progress.step
-        if self.timer is not None and progress.step > 0.8 * progress.steps:
-            self.timer.join()  # the run is not to end before its last kill
+        while progress.step > 0.8 * progress.steps and (self.plan or self.timer):
+            assert self.timer is not None  # the run is not to end before its last kill
+            self.timer.join()
+            if self.victim or not self.plan:
+                break
+            self.strike(self.runner)  # nobody was struck
 
     def lost(self, cause: LostError, restart: int) -> None:
         seconds = time.monotonic() - self.killed_at

@@ -51,7 +51,7 @@ def kill(kills: int, seed: int) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["equal"], "the weights are not those of a quiet run"
-    assert sum(found["kills"].values()) == kills
+    assert sum(found["kills"].values()) == kills, done.stdout
     assert found["restarts"] >= kills
     assert not found["misreported"]
     assert found["most steps lost"] <= found["steps a checkpoint"]
