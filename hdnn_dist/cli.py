@@ -465,7 +465,7 @@ def check(
     if address is None:
         nodes = [this_machine()]
     else:
-        from hdnn_dist.cluster import cluster_nodes
+        from hdnn_dist.joining import cluster_nodes
 
         _tidy_up_from_here()
         nodes = cluster_nodes(address)

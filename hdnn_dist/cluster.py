@@ -1,35 +1,26 @@
 """Ray: the control plane. It places actors, tells them what to do and watches over them.
 
 No message of a layer passes through Ray: the actors form a torch.distributed group among
-themselves, and `hdnn_dist.transport` carries the rounds. Only this module and `submission` import
-ray.
+themselves, and `hdnn_dist.transport` carries the rounds. Only this module, `actor`, `joining` and
+`submission` import ray.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import operator
 import os
 import re
-import signal
-import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
-import psutil
 import ray
-import torch
-import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -43,11 +34,11 @@ from ray.util.scheduling_strategies import (
 )
 from torch import Tensor
 
+from hdnn_dist.actor import START, AgentActor, actor_class
 from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest
-from hdnn_dist.data import Part, ensure_available
-from hdnn_dist.direct import Direct
+from hdnn_dist.data import Part
 from hdnn_dist.errors import (
     AgreementError,
     HdnnError,
@@ -57,238 +48,15 @@ from hdnn_dist.errors import (
     TransportError,
 )
 from hdnn_dist.job import Job
-from hdnn_dist.placement import Demand, Node, Packing, address_of, assign, demands, hosts, pack
-from hdnn_dist.replicas import Replicas
-from hdnn_dist.spec import Spec
+from hdnn_dist.joining import as_node, knock, start
+from hdnn_dist.placement import Demand, Packing, address_of, assign, demands, pack
 from hdnn_dist.storage import Place
-from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
-from hdnn_dist.wires import Gloo, PeerError, Sockets, connect
-from hdnn_dist.worker import PARTS, Times, Worker, device_of
+from hdnn_dist.worker import PARTS, Times
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
-KNOCK = 0.5  # seconds until a node that does not answer a knock is passed over
-START = 60.0  # seconds that a process is given to start, torch and all, before it is taken for lost
-CONNECT_TIMEOUT = 5.0  # seconds until a cluster that does not answer is taken to be away
-TLS = "GLOO_DEVICE_TRANSPORT"  # the start of the names of gloo's own settings
 
 log = logging.getLogger("hdnn_dist")
-
-
-class AgentActor:
-    """A Ray actor that hosts one agent, or several. Its methods mirror those of `Worker`."""
-
-    def __init__(self) -> None:
-        self._worker: Worker | None = None
-        self._store: dist.TCPStore | None = None
-        self._replicas = Replicas()
-        self._timeout = 0.0
-        self._near: Sockets | None = None
-        self._meetings = 0  # in this group
-        self._direct = False
-
-    @ray.method(concurrency_group="health")
-    def alive(self) -> None:
-        """Answer, even while another method is blocked in a round."""
-
-    def open_store(self, timeout: float) -> tuple[str, int]:
-        """Open the store at which the group meets, on a port that is free; rank 0 alone."""
-        address = ray.util.get_node_ip_address()
-        listener = socket.create_server((address, 0))  # the store's own would hear all interfaces
-        port: int = listener.getsockname()[1]
-        self._store = dist.TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=timeout),
-            master_listen_fd=listener.detach(),
-        )
-        return address, port
-
-    def gpu(self) -> str | None:
-        """What tells the GPU here from all others; None if there is none that torch can use."""
-        return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
-
-    def join(
-        self,
-        meeting: tuple[str, int],
-        rank: int,
-        size: int,
-        timeout: float,
-        copies: int = 1,
-        direct: bool = False,
-    ) -> None:
-        """Become `rank` of a torch.distributed group of `size`; leave the one before, if any.
-
-        Args:
-            meeting: where the group meets.
-            rank: of this process.
-            size: of the group.
-            timeout: of its operations, in seconds.
-            copies: of the agents; the ranks of each follow those of the one before.
-            direct: whether every rank has a GPU of its own, between which NCCL carries messages.
-        """
-        self.leave()
-        limit = datetime.timedelta(seconds=timeout)
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
-            os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
-        # Connect to neighbours alone, not to everybody; gloo's TLS cannot do that.
-        os.environ["TORCH_GLOO_LAZY_INIT"] = "0" if os.environ.get(TLS) == "TCP_TLS" else "1"
-        self._timeout, self._meetings = timeout, 0
-        if rank != 0:
-            self._store = dist.TCPStore(*meeting, timeout=limit)
-        backend = "cpu:gloo,cuda:nccl" if direct else "gloo"
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={os.environ['GLOO_SOCKET_IFNAME']}")
-        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an error, and not the end of the process
-        try:
-            dist.init_process_group(
-                backend, store=self._store, rank=rank, world_size=size, timeout=limit
-            )
-        except RuntimeError as error:
-            if "unsupported gloo device" not in str(error):
-                raise
-            raise PlacementError(
-                f"{TLS}={os.environ.get(TLS)}, but the torch {torch.__version__} of "
-                f"{socket.gethostname()} is built without that transport",
-                f"unset {TLS} and encrypt the links with WireGuard (deploy/wireguard), or install "
-                "a torch whose gloo was built with TLS",
-            ) from None
-        self._direct, device = direct, torch.device("cuda" if direct else "cpu")
-        if direct:  # messages may only follow upon something that all ranks take part in
-            dist.all_reduce(torch.zeros(1, device=device))
-        if copies > 1:
-            actors = size // copies
-            group = dist.new_group(
-                range(rank % actors, size, actors), limit, use_local_synchronization=True
-            )
-            self._replicas = Replicas(rank // actors, copies, group, device)
-
-    def leave(self) -> None:
-        """Leave the group."""
-        self._replicas = Replicas()
-        self._hang_up()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def host(
-        self, spec: Spec, agents: Sequence[int], packing: Packing, absent: Sequence[str] = ()
-    ) -> str:
-        """Take on some agents of a job, and return the digest of the job as this actor sees it."""
-        torch.set_num_threads(spec.cluster.threads or 1)
-        job = Job.of(spec).without(absent)
-        common = job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
-        first = self._replicas.copy * len(packing)  # rank of this copy of the agents
-        device = device_of(job, agents)
-        transport: Transport = InProcess(*common)
-        if len(packing) > 1:
-            ranks = [first + rank for rank in hosts(packing)]
-            if self._direct:
-                transport = Direct(*common, ranks, job.digest, device)
-            else:
-                wired = PointToPoint(*common, ranks, job.digest, dist.get_rank(), Gloo())
-                transport = wired if device.type == "cpu" else Staged(wired, device)
-        self._worker = Worker(job, agents, transport, self._replicas, device)
-        self._worker.load_data()
-        return job.digest
-
-    def connect(self) -> None:
-        """Open sockets to the actors on this machine that host neighbours of the agents here.
-
-        Raises:
-            TransportError: one that should do the same does not.
-        """
-        self._hang_up()
-        transport = self.worker.transport
-        if isinstance(transport, Staged):
-            transport = transport.inner
-        if not isinstance(transport, PointToPoint):  # a copy in one process, or GPUs apart
-            return
-        assert self._store is not None
-        self._meetings += 1
-        meeting = f"meeting {self._meetings}"
-        try:
-            near = connect(self._store, meeting, transport.rank, transport.peers, START)
-        except PeerError as error:
-            raise TransportError(
-                f"the process of agent(s) {transport.hosted(error.peer)} did not connect: "
-                f"{error.problem}"
-            ) from error
-        self._near = transport.near = Sockets(near, self._timeout)
-
-    def _hang_up(self) -> None:
-        if self._near is not None:
-            self._near.close()
-            self._near = None
-
-    @property
-    def worker(self) -> Worker:
-        """The agents here."""
-        assert self._worker is not None, "host() comes first"
-        return self._worker
-
-    def prepare(self, spec: Spec) -> None:
-        """Have the data set on this node."""
-        ensure_available(spec.data, progress=False)
-
-    def train(self, steps: int) -> list[StepResult]:
-        """See `Worker`; so too below."""
-        return self.worker.train(steps)
-
-    def faults(self) -> list[Fault]:  # noqa: D102
-        return self.worker.faults()
-
-    def evaluate(self, part: Part) -> Evaluation | None:  # noqa: D102
-        return self.worker.evaluate(part)
-
-    def predict(self, source: str) -> np.ndarray | None:  # noqa: D102
-        return self.worker.predict(source)
-
-    def times(self) -> Times:  # noqa: D102
-        return self.worker.times()
-
-    def gradient_squares(self) -> Tensor:  # noqa: D102
-        return self.worker.gradient_squares()
-
-    def sensitivities(self, samples: int, V: Tensor) -> Sums:  # noqa: D102
-        return self.worker.sensitivities(samples, V)
-
-    def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
-        return self.worker.save(folder)
-
-    def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
-        self.worker.load(folder, manifest)
-
-    def sent(self) -> Counter[tuple[int, int]]:
-        """Bytes sent by the agents here."""
-        return self.worker.transport.sent
-
-    def time_rounds(self, columns: int, rounds: int) -> float:
-        """Seconds of one round that brings the states of a batch of `columns`, of so many."""
-        phase, dtype = self.worker.job.plan.states[0], self.worker.job.dtype
-        mail = {
-            (m.source, m.target): torch.zeros(m.rows, columns, dtype=dtype)
-            for i in self.worker.agents
-            for m in phase.outbound.get(i, ())
-        }
-        start = time.perf_counter()
-        for _ in range(rounds):
-            self.worker.transport.exchange(phase, mail, columns)
-        return (time.perf_counter() - start) / rounds
-
-
-def actor_class(cls: type[AgentActor]) -> Any:
-    """The Ray class of an actor: one thread for its work, one to say that it is alive."""
-    remote: Any = ray.remote  # its stubs do not know of concurrency groups
-    return remote(concurrency_groups={"health": 1})(cls)
-
-
-def _interface(address: str) -> str:
-    """The name of the network interface that has an address, so that gloo binds to it alone."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
-            return name
-    raise RunError(f"no network interface of {socket.gethostname()} has the address {address}")
 
 
 class RayRunner:
@@ -323,7 +91,7 @@ class RayRunner:
         os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
         try:
             if self._own_ray:
-                _start(address_of(job.spec.cluster, address))
+                start(address_of(job.spec.cluster, address))
             self._launch()
         except BaseException:
             self.close()
@@ -449,7 +217,7 @@ class RayRunner:
     def _fits(self, nodes: Sequence[dict[str, Any]]) -> bool:
         """Whether these machines could hold the actors, if nobody else used them."""
         _, wanted = self._wanted(nodes)
-        return None not in assign(wanted, [_node(node) for node in nodes])
+        return None not in assign(wanted, [as_node(node) for node in nodes])
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
@@ -635,7 +403,7 @@ class RayRunner:
         if elapsed < min(SLICE, self.timeout / 8):
             return
         self._looked = time.monotonic()
-        answers = _knock(self._raylets.values())
+        answers = knock(self._raylets.values())
         dead: dict[int, str] = {}
         silent: list[int] = []
         for rank, node in enumerate(self._nodes):
@@ -703,35 +471,6 @@ class RayRunner:
         return f"the actor of agent{'s' * (len(self.packing[k]) > 1)} {names}{which}{node}"
 
 
-def _channel(address: str) -> grpc.Channel:
-    """To one of Ray's servers, past any proxy."""
-    return grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)])
-
-
-def _knock(addresses: Iterable[str]) -> dict[str, bool | None]:
-    """Whether a raylet answers at each address; False if nobody is there, None if it is silent."""
-    with contextlib.ExitStack() as stack:
-        calls = {}
-        for address in set(addresses):
-            ask = stack.enter_context(_channel(address)).unary_unary("/grpc.health.v1.Health/Check")
-            calls[address] = ask.future(b"", timeout=KNOCK)
-        return {address: _is_there(address, call.code()) for address, call in calls.items()}
-
-
-def _is_there(address: str, answer: grpc.StatusCode) -> bool | None:
-    if answer is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return None
-    if answer is grpc.StatusCode.UNAVAILABLE:  # gone, or it speaks TLS
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=KNOCK).close()
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            return None
-    return True  # be it a refusal
-
-
 def _answered(calls: Iterable[Any], timeout: float) -> list[Any]:
     """Those of some calls that are answered, all of them or as many as come in time."""
     waiting = list(calls)
@@ -739,146 +478,6 @@ def _answered(calls: Iterable[Any], timeout: float) -> list[Any]:
     if waiting:
         answered, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout)
     return answered
-
-
-def cluster_nodes(address: str) -> list[Node]:
-    """The machines of a running cluster, which is joined to ask and left again.
-
-    Raises:
-        PlacementError: no cluster answers.
-    """
-    joined = ray.is_initialized()
-    if not joined:
-        _start(address)
-    try:
-        return [_node(node) for node in ray.nodes() if node["Alive"]]
-    finally:
-        if not joined:
-            ray.shutdown()
-
-
-def _node(node: dict[str, Any]) -> Node:
-    """A machine as Ray tells of it."""
-    # Ray also lists its own marks, such as node:10.0.0.1, as resources.
-    resources = {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU") or _custom(k)}
-    return Node(node["NodeName"], resources, node["Labels"])
-
-
-def _custom(resource: str) -> bool:
-    """Whether a resource is one that the cluster's owner declared."""
-    return resource not in ("memory", "object_store_memory") and ":" not in resource
-
-
-def _start(address: str | None) -> None:
-    """Join a Ray cluster, or start one on this machine."""
-    # A cluster's workers do not see the driver's environment.
-    folder = os.environ.get("HDNN_DATA")
-    variables = {"HDNN_DATA": os.path.abspath(os.path.expanduser(folder))} if folder else {}
-    variables |= {name: value for name, value in os.environ.items() if name.startswith(TLS)}
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "runtime_env": {"env_vars": variables} if variables else None,
-    }
-    if address is None:
-        with _interrupt_held():
-            ray.init(address="local", include_dashboard=False, **quiet)
-        return
-    try:
-        host, _, port = address.partition(":")
-        if port.isdecimal():  # ray itself tries for minutes
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
-            _authenticate(address)
-        with _interrupt_held():
-            ray.init(address=address, **quiet)
-    except PlacementError:
-        raise
-    except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise PlacementError(
-            f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
-            "start one with `ray start --head`; see deploy/README.md if it asks for a token; or "
-            "leave --address out to run on this machine",
-        ) from None
-
-
-def _authenticate(address: str) -> None:
-    """Have Ray show its token to a cluster that asks for one, and to no other.
-
-    Ray itself does so only for a cluster that it finds or starts on this machine; given the address
-    of one, a wrong guess ends in half a minute of retries, or in actors that die unseen.
-
-    Raises:
-        PlacementError: the cluster asks for a token and does not get its own, or for none and
-            would get one.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    if mode not in ("", "token", "disabled") or (open_to_all := _admits(address)) is None:
-        return
-    if open_to_all:
-        if mode == "token":
-            raise PlacementError(
-                f"the Ray cluster at {address!r} asks for no token, but RAY_AUTH_MODE is token",
-                "set RAY_AUTH_MODE=disabled to join it, or have it ask for one (deploy/README.md)",
-            )
-        log.warning(
-            "the Ray cluster at %s asks for no token: who can reach it can run code there; "
-            "see deploy/README.md",
-            address,
-        )
-        return
-    asks = f"the Ray cluster at {address!r} asks for a token"
-    if mode == "disabled":
-        raise PlacementError(f"{asks}, but RAY_AUTH_MODE is disabled", "leave RAY_AUTH_MODE unset")
-    place, shown = token()
-    if not shown:
-        raise PlacementError(
-            f"{asks}, and there is none in {place}",
-            "put there what `ray get-auth-token` prints on the cluster's head",
-        )
-    if not _admits(address, shown):
-        raise PlacementError(
-            f"{asks}, and refuses that of {place}",
-            "put there what `ray get-auth-token` prints on the cluster's head",
-        )
-    os.environ["RAY_AUTH_MODE"] = "token"
-    raylet: Any = ray._raylet
-    raylet.Config.initialize("")  # Ray read its environment when it was imported
-
-
-def token() -> tuple[str, str]:
-    """Where Ray looks for its token on this machine, and what is there."""
-    if given := os.environ.get("RAY_AUTH_TOKEN"):
-        return "$RAY_AUTH_TOKEN", given.strip()
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    return str(file), file.read_text().strip() if file.is_file() else ""
-
-
-def _admits(address: str, token: str | None = None) -> bool | None:
-    """Whether a Ray cluster lets in who shows this token, or none; None if it cannot be told."""
-    with _channel(address) as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
-        shown = [("authorization", f"Bearer {token}")] if token else None
-        try:
-            ask(b"", timeout=CONNECT_TIMEOUT, metadata=shown)
-        except grpc.RpcError as error:
-            return False if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
-    return True
-
-
-@contextlib.contextmanager
-def _interrupt_held() -> Iterator[None]:
-    """Ctrl-C is obeyed after the block: amid the start of Ray it would crash the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupts: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupts:
-        raise KeyboardInterrupt
 
 
 def _in_short(error: RayError) -> str:

@@ -18,7 +18,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from hdnn_dist.errors import RunError, UserError, did_you_mean
+from hdnn_dist.joining import token
 from hdnn_dist.reader import dump_spec
 from hdnn_dist.spec import Spec
 
@@ -136,11 +137,8 @@ class Jobs:
 
     def _enter(self) -> JobSubmissionClient:
         """Show the token of this machine where the cluster asks for one, and not elsewhere."""
-        try:
+        with suppress(AuthenticationError):
             return JobSubmissionClient(self.address)
-        except AuthenticationError:
-            from hdnn_dist.cluster import token  # which imports torch
-
         mend = "put there what `ray get-auth-token` prints on the cluster's head"
         place, shown = token()
         if not shown:

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hdnn_dist.cluster import AgentActor, RayRunner
+from hdnn_dist.actor import AgentActor
+from hdnn_dist.cluster import RayRunner
 from hdnn_dist.data import epoch_order
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job

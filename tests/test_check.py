@@ -294,7 +294,7 @@ def test_a_large_graph_shows_densities_in_place_of_drawings() -> None:
 def test_the_nodes_of_a_live_cluster(cluster: None) -> None:
     import ray
 
-    from hdnn_dist.cluster import cluster_nodes
+    from hdnn_dist.joining import cluster_nodes
 
     [node] = cluster_nodes("auto")
     assert node.resources == {"CPU": 2.0}
