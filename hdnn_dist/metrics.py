@@ -34,6 +34,8 @@ class JsonLines(Listener):
         {"kind": "times", "step": 22, "actors": [{"agents": ["a1", "a2"], "steps": 22, "total": 0.9,
          "compute": [0.2, 0.2], "wait": 0.3, "node": "10.0.0.1 (1f2e3d4c)"}]}
 
+    Of targets there are "rmse" and "r2" in place of the accuracy.
+
     `norms` are `‖∂loss/∂y_j‖` of the states `y_0 … y_N` in an epoch's last step, over its batch.
 
     `times` are seconds of an epoch's steps (see `hdnn_dist.worker.Times`); they say who shared an
@@ -65,7 +67,7 @@ class JsonLines(Listener):
                     "step": result.step,
                     "epoch": (result.step - 1) // self._steps_per_epoch + 1,
                     "loss": result.loss,
-                    "accuracy": result.correct / result.samples,
+                    **result.scores,
                     "lr": result.lr,
                     "grad_norm": result.grad_norm,
                     "samples_per_second": round(progress.samples_per_second, 1),
@@ -88,8 +90,8 @@ class JsonLines(Listener):
         self._write(record, ends=True)
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
-        record = {"kind": "eval", "step": step, "epoch": epoch, **asdict(evaluation)}
-        self._write(record, ends=True)
+        told = {"loss": evaluation.loss, **evaluation.scores, "samples": evaluation.samples}
+        self._write({"kind": "eval", "step": step, "epoch": epoch, **told}, ends=True)
 
     def close(self) -> None:  # noqa: D102
         if self._log is not None:
@@ -153,7 +155,8 @@ class TensorBoard(Listener):
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
         for result in results:
             self._add("train/loss", result.loss, result.step)
-            self._add("train/accuracy", result.correct / result.samples, result.step)
+            for name, score in result.scores.items():
+                self._add(f"train/{name}", score, result.step)
             self._add("train/lr", result.lr, result.step)
             if result.grad_norm is not None:
                 self._add("train/grad_norm", result.grad_norm, result.step)
@@ -161,7 +164,8 @@ class TensorBoard(Listener):
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
         self._add("test/loss", evaluation.loss, step)
-        self._add("test/accuracy", evaluation.accuracy, step)
+        for name, score in evaluation.scores.items():
+            self._add(f"test/{name}", score, step)
 
     def close(self) -> None:  # noqa: D102
         if self._writer is not None:

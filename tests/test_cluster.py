@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from hdnn_dist.actor import AgentActor, actor_class
-from hdnn_dist.agent import Evaluation
+from hdnn_dist.agent import Evaluation, whole
 from hdnn_dist.api import fit
 from hdnn_dist.checkpoint import Manifest, Totals, load_agent
 from hdnn_dist.cluster import RayRunner
@@ -100,7 +100,7 @@ def host(actors: list[Any], job: Job) -> Packing:
 def test_a_step_on_actors_is_the_dense_one(three: list[Any], job: Job) -> None:
     """Loss, all gradients and the bytes on every edge, on any graph."""
     host(three, job)
-    [result] = [result for results in call(three, "train", 1) for result in results]
+    result = whole([result for results in call(three, "train", 1) for result in results])
     gradients = {i: own for part in call(three, "gradients") for i, own in part.items()}
     assert_matches_dense(job, result, gradients)
     sent = {link: size for part in call(three, "sent") for link, size in part.items()}

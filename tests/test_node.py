@@ -59,7 +59,7 @@ def test_spread_is_the_adjoint_of_collect(job: Job) -> None:
     agents = Worker(job, range(len(job.architecture.names)), in_process(job))
     nodes = {i: agent.node for i, agent in agents.agents.items()}
     on_tree = sorted(job.architecture.tree.depth)
-    C, own = job.architecture.classes, job.plan.collect_of
+    C, own = job.architecture.outputs, job.plan.collect_of
     up = job.plan.collect
     down = [phase.adjoint for phase in reversed(up)]
 
