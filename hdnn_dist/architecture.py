@@ -337,7 +337,7 @@ class Architecture:
         n, C, N, L = self.n, self.outputs, sum(self.sizes), self.patterns.layers
         entries = N * (N - 1) // 2 if self.member.upper else N * N
         total = L * (len(self.member.matrices) * entries + len(self.member.vectors) * N)
-        total += C + sum(2 * d * len(self.reads_out(i)) for i, d in enumerate(self.patterns.sizes))
+        total += 2 * n * C + C
         if self.encoder == "linear":
             total += 2 * n * (self.features + 1)
         return total + (n * n if self.train_X else 0)
