@@ -20,7 +20,7 @@ from hdnn_dist.testing import (
 )
 from hdnn_dist.transport import InProcess, drive
 from hdnn_dist.worker import Worker
-from tests.strategies import in_process, jobs
+from tests.strategies import in_process, jobs, numbers
 
 
 def run(
@@ -123,13 +123,16 @@ def test_so_do_those_of_an_analysis(job: Job) -> None:
         {"name": "MS3"},
     ],
 )
-def test_no_message_can_be_left_out(model: dict[str, str]) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["to a root", "read out by themselves"])
+def test_no_message_can_be_left_out(model: dict[str, str], own: bool) -> None:
     """Whichever is lost, the gradients, the loss or the norm are others: the plan is minimal."""
     topology = {"agents": 3, "d": 1, "edges": [["a1", "a2"], ["a2", "a3"]]}
     training = {"batch_size": 2, "clip_norm": 1e-3, "dtype": "float64"}
-    job = Job.load(
-        {"topology": topology, "model": {**model, "layers": 1, "h": 0.5}, "training": training}
-    )
+    spec = {"topology": topology, "model": {**model, "layers": 1, "h": 0.5}, "training": training}
+    if own:
+        targets = {f"a{k}": [f"y{k}"] for k in (1, 2, 3)}
+        spec["data"] = numbers() | {"targets": targets}
+    job = Job.load(spec)
 
     class Lossy(InProcess):
         lost: tuple[int, tuple[int, int]] | None = None
