@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from hdnn_dist.exchange import Message, Round
 from hdnn_dist.node import Exchange
 from hdnn_dist.sparsity import BlockPattern
 from hdnn_dist.transport import InProcess, Mail, PointToPoint, Staged, _Route, drive
-from hdnn_dist.wires import SPARE, STAMP, Gloo, Sockets, connect
+from hdnn_dist.wires import SPARE, STAMP, Frame, Gloo, Sockets, connect
 
 phase = Round("states", (Message(0, 1, 2),))
 links = BlockPattern.of(3, [(0, 0), (1, 0), (1, 1), (2, 2)])  # 1 may hear from 0, not 0 from 1
@@ -139,6 +139,31 @@ def test_agents_are_resumed_in_their_own_rounds_alone() -> None:
     transport = Recorder(pattern, NAMES, torch.float32, torch.float32)
     assert drive(agents, transport, 3, [first, second]) == {0: 3.0, 1: 3.0, 2: 2.0}
     assert seen == ["2 to 1", 1, 2, "1 to 0", 0, 1]
+
+
+def test_what_leaves_the_process_is_on_its_way_before_the_others_compute() -> None:
+    """Ann and ben are here; ben sends to eve, who is elsewhere."""
+    seen: list[str] = []
+
+    class Recorder(Gloo):
+        def post(self, outbound: Mapping[int, Frame], inbound: Mapping[int, Frame]) -> None:
+            seen.extend(f"to {rank}: {frame.numbers.tolist()}" for rank, frame in outbound.items())
+
+        def wait(self) -> None:
+            seen.append("waits")
+
+    def agent(i: int, message: Tensor) -> Exchange[None]:
+        for k in range(2):
+            seen.append(NAMES[i])
+            yield both, {i + 1: message + k}
+
+    both = Round("states", (Message(0, 1, 1), Message(1, 2, 1)))
+    pattern = BlockPattern.of(3, [(1, 0), (2, 1)])
+    common = pattern, NAMES, torch.float32, torch.float32, (0, 0, 1), "job", 0
+    agents = {i: agent(i, torch.full((1, 1), 10.0 * i)) for i in (0, 1)}
+    drive(agents, PointToPoint(*common, Recorder()), 1, [both, both])
+    first, second = (["ben", f"to 1: [[{x}]]", "ann", "waits"] for x in (10.0, 11.0))
+    assert seen == first + second
 
 
 def test_what_leaves_the_process_goes_by_host_memory() -> None:
