@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
@@ -21,14 +22,14 @@ from rich.text import Text
 from hdnn_dist.console import size
 from hdnn_dist.cost import Calibration, Cost, predict
 from hdnn_dist.data import share
+from hdnn_dist.errors import few
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
-from hdnn_dist.placement import Node, Packing, assign, demands, hosts, pack
+from hdnn_dist.placement import Demand, Node, Packing, assign, demands, hosts, pack, shortage
 from hdnn_dist.sparsity import BlockPattern
 
 DRAWN = 32  # agents up to which patterns are drawn
 LISTED = 32  # agents, links or actors up to which all are listed
-NAMED = 5  # examples that a line names
 FASTER = 0.9  # of the time, at which another packing is suggested
 ACTORS_A_CORE = 4  # up to which packings are tried
 # Up to so many agents, and paths of two hops, is computed what takes their square, or cube.
@@ -93,6 +94,16 @@ class ActorReport:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """What a training step sends from one machine to another: between whom, and bytes in all."""
+
+    source: str
+    target: str
+    links: tuple[tuple[str, str], ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Timing:
     """The predicted time of a step (see `hdnn_dist.cost`), with a number of agents an actor."""
 
@@ -133,6 +144,7 @@ class Report:
         shares: samples of a step that each copy takes.
         actors, nodes: the placement, tried out on the nodes.
         crossing_links, crossing_bytes: of the traffic, what passes between actors.
+        crossings: of that, what passes between nodes, the most first; sums over copies aside.
         timings: as the spec has it, and then with other packings, the fastest first; empty
             without a calibration.
         warnings: what will not work well.
@@ -169,6 +181,7 @@ class Report:
     nodes: tuple[Node, ...]
     crossing_links: int
     crossing_bytes: int
+    crossings: tuple[Crossing, ...]
     timings: tuple[Timing, ...]
     warnings: tuple[str, ...]
 
@@ -194,8 +207,8 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
     copies = job.spec.cluster.replicas
     packing = pack(topology, job.spec.cluster, int(cores) // copies)
     host = hosts(packing)
-    wanted = demands(topology, packing * copies, cores)
-    places = assign(wanted, nodes)
+    wanted = demands(topology, packing * copies, nodes)
+    places = assign(wanted, nodes, job.spec.cluster.placement == "spread")
     sent = job.traffic(plan.training_step)
     shares = [share(job.batch, copy, copies) for copy in range(copies)]
     traffic = tuple(
@@ -262,10 +275,31 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
         nodes=tuple(nodes),
         crossing_links=len(crossing),
         crossing_bytes=sum(crossing),
+        crossings=tuple(_crossings(job, host, places, nodes)),
         timings=tuple(_timings(job, packing, calibration, int(cores))) if calibration else (),
         warnings=(),
     )
     return replace(report, warnings=tuple(_warnings(job, report)))
+
+
+def _crossings(
+    job: Job, host: Sequence[int], places: Sequence[int | None], nodes: Sequence[Node]
+) -> Iterator[Crossing]:
+    names, copies = job.topology.names, job.spec.cluster.replicas
+    actors = len(places) // copies
+    between: dict[tuple[int, int], Counter[tuple[int, int]]] = {}
+    for copy in range(copies):
+        taken = share(job.batch, copy, copies)
+        on = [places[copy * actors + rank] for rank in host]
+        for link, amount in job.traffic_of(
+            job.plan.training_step, taken.stop - taken.start
+        ).items():
+            source, target = (on[i] for i in link)
+            if source is not None and target is not None and source != target:
+                between.setdefault((source, target), Counter())[link] += amount
+    for (source, target), sent in sorted(between.items(), key=lambda item: -item[1].total()):
+        links = tuple((names[l], names[i]) for l, i in sorted(sent))
+        yield Crossing(nodes[source].name, nodes[target].name, links, sent.total())
 
 
 def _timings(job: Job, packing: Packing, calibration: Calibration, cores: int) -> Iterator[Timing]:
@@ -290,7 +324,7 @@ def _patterns(job: Job, composed: bool) -> Iterator[PatternReport]:
         return PatternReport(symbol, P.rows, P.nnz / P.size**2)
 
     for T, layers in _layers_by_graph(job).items():
-        where = "" if len(layers) == patterns.layers else f" in layers {_few(map(str, layers))}"
+        where = "" if len(layers) == patterns.layers else f" in layers {few(map(str, layers))}"
         yield row(f"T{where}", T)
         if composed and any(update.pull for update in patterns.updates):
             yield row(f"TᵀT{where}", T.T @ T)
@@ -309,7 +343,7 @@ def _layers(job: Job) -> Iterator[Phase]:
     for layers in _layers_by_graph(job).values():
         j, plan = layers[0], job.plan
         rounds = [phase for update in plan.updates for phase in plan.half_step(j, update)]
-        yield _phase(job, f"layer{'s' * (len(layers) > 1)} {_few(map(str, layers))}", rounds)
+        yield _phase(job, f"layer{'s' * (len(layers) > 1)} {few(map(str, layers))}", rounds)
 
 
 def _step(job: Job) -> Iterator[Phase]:
@@ -360,7 +394,7 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
         )
     if report.examined and (unread := _unread(job)):
         yield (
-            f"the scores do not depend on the input of {_few(unread)}: "
+            f"the scores do not depend on the input of {few(unread)}: "
             "add layers or edges, or read at more agents (model.readout.agents)"
         )
     if job.spec.model.encoder == "pad":
@@ -373,19 +407,16 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
             "to distort training images every agent reads all their pixels from the data set: use "
             "training.shift where an agent has no more than its own"
         )
-    if homeless := [actor for actor in report.actors if actor.node is None]:
-        first = homeless[0]
-        asked = [f"{amount:g} {key}" for key, amount in first.resources.items()]
-        asked += [f"the label {key}={value}" for key, value in first.labels.items()]
-        yield (
-            f"{len(homeless)} of {len(report.actors)} actors find no place; the first, of "
-            f"{_few(first.agents)}, asks for {', '.join(asked)}: ask for less, or add machines"
-        )
+    wanted = [Demand(actor.resources, actor.labels) for actor in report.actors]
+    spread = job.spec.cluster.placement == "spread"
+    who = [few(actor.agents) for actor in report.actors]
+    if missing := shortage(wanted, who, report.nodes, spread):
+        yield f"{missing}: ask for less, or add machines"
     without = [actor for actor in report.actors if not actor.resources.get("GPU")]
     if without and job.spec.cluster.device == "cuda":
         yield (
             f"cluster.device is cuda, but {len(without)} of {len(report.actors)} actors ask for no "
-            f"GPU; the first, of {_few(without[0].agents)}: give its agents gpu (1, or a part)"
+            f"GPU; the first, of {few(without[0].agents)}: give its agents gpu (1, or a part)"
         )
     weights, memory = report.parameters * job.dtype.itemsize, psutil.virtual_memory().total
     if weights > memory:
@@ -465,7 +496,7 @@ def _pattern_section(report: Report) -> Iterator[RenderableType]:
     if report.single_exchange:
         yield Text("RᵀTᵀT ≤ S holds: one exchange of neighbours' states would do for a half step")
     else:
-        missing = _few(f"({i}, {j})" for i, j in report.missing)
+        missing = few(f"({i}, {j})" for i, j in report.missing)
         yield Text(
             f"RᵀTᵀT ≤ S fails, at (i, l) = {missing}: i's half step involves l, which is no "
             "neighbour; it takes several rounds of one-hop messages instead"
@@ -507,7 +538,7 @@ def _placement_section(report: Report) -> Iterator[RenderableType]:
         asks = [f"{amount:g} {name}" for name, amount in actor.resources.items()]
         asks += [f"{key}={value}" for key, value in actor.labels.items()]
         copy = [str(actor.copy)] if report.replicas > 1 else []
-        table.add_row(str(k), *copy, _few(actor.agents), ", ".join(asks), actor.node or "none")
+        table.add_row(str(k), *copy, few(actor.agents), ", ".join(asks), actor.node or "none")
     yield table
     yield from _rest(len(report.actors), "actors")
     for node in report.nodes:
@@ -517,6 +548,16 @@ def _placement_section(report: Report) -> Iterator[RenderableType]:
         f"{report.crossing_links} of {len(report.traffic)} directed links and "
         f"{size(report.crossing_bytes)} a step pass between actors"
     )
+    if report.crossings:
+        table = _table("from node", "to node", "edges", "which", "bytes a step")
+        for crossing in report.crossings[:LISTED]:
+            which = few(f"{l} → {i}" for l, i in crossing.links)
+            amounts = str(len(crossing.links)), which, size(crossing.bytes)
+            table.add_row(crossing.source, crossing.target, *amounts)
+        yield table
+        yield from _rest(len(report.crossings), "pairs of nodes")
+    elif len({actor.node for actor in report.actors} - {None}) == 1:
+        yield Text("all of it on one node")
 
 
 def _timing_section(report: Report) -> Iterator[RenderableType]:
@@ -542,7 +583,7 @@ def _timing_section(report: Report) -> Iterator[RenderableType]:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, column in enumerate(columns):
-        text = k == 0 or column in ("agents", "asks for", "node")
+        text = k == 0 or column in ("agents", "asks for", "node", "to node", "which")
         table.add_column(column, justify="left" if text else "right")
     return table
 
@@ -550,10 +591,3 @@ def _table(*columns: str) -> Table:
 def _rest(count: int, what: str) -> Iterator[RenderableType]:
     if count > LISTED:
         yield Text(f"… and {count - LISTED} more {what}")
-
-
-def _few(items: Iterable[str]) -> str:
-    """The first few, and how many more there are."""
-    shown = list(items)
-    more = len(shown) - NAMED
-    return ", ".join(shown[:NAMED]) + (f" and {more} more" if more > 0 else "")

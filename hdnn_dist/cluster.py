@@ -46,15 +46,31 @@ from hdnn_dist.errors import (
     PlacementError,
     RunError,
     TransportError,
+    few,
 )
 from hdnn_dist.job import Job
 from hdnn_dist.joining import as_node, knock, start
-from hdnn_dist.placement import Demand, Packing, address_of, assign, demands, pack
+from hdnn_dist.placement import (
+    Demand,
+    Node,
+    Packing,
+    address_of,
+    assign,
+    demands,
+    pack,
+    shortage,
+)
 from hdnn_dist.storage import Place
 from hdnn_dist.worker import PARTS, Times
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
+
+# How a job that finds no place is mended.
+ROOM = (
+    "give the job fewer or smaller agents or fewer cluster.replicas, pack them "
+    "(cluster.agents_per_actor: auto), or add machines"
+)
 
 log = logging.getLogger("hdnn_dist")
 
@@ -87,6 +103,8 @@ class RayRunner:
         self._suspects: set[str] = set()  # nodes on which actors were lost
         self._group: PlacementGroup | None = None
         self._own_ray = not ray.is_initialized()
+        # On this machine alone, and so no other can come.
+        self._alone = self._own_ray and address_of(job.spec.cluster, address) is None
         # Actors that fail because another one did are asked about it, not reported one by one.
         os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
         try:
@@ -146,6 +164,10 @@ class RayRunner:
         the agents are packed anew.
         """
         deadline, there = time.monotonic() + self.timeout, set[str]()
+        if missing := self._shortage():
+            if self._alone:
+                raise PlacementError(missing, ROOM)
+            log.warning("%s; waiting %g s for machines", missing, self.timeout)
         while True:
             left = deadline - time.monotonic()
             if left < self.timeout / 2 and self._suspects:  # the others are held by somebody
@@ -158,11 +180,11 @@ class RayRunner:
             if self._group.wait(max(0.0, min(SLICE, left))):
                 break
             if left <= 0:
+                missing = self._shortage() or _held(wanted)
                 raise PlacementError(
-                    _shortage(wanted, self.timeout),
-                    "give the job fewer or smaller "
-                    "agents or fewer cluster.replicas, pack them (cluster.agents_per_actor: "
-                    "auto), or add machines",
+                    f"the cluster could not hold {len(wanted)} actors within {self.timeout:g} s: "
+                    f"{missing}",
+                    ROOM,
                 )
         for k, demand in enumerate(wanted):
             custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
@@ -194,30 +216,32 @@ class RayRunner:
         if self._group is not None:
             remove_placement_group(self._group)
         trusted = [n for n in nodes if not any(n["NodeID"][:8] in s for s in self._suspects)]
-        if not self._fits(trusted):
-            trusted = list(nodes)
+        machines = [as_node(node) for node in trusted]
+        if None in assign(self._wanted(machines)[1], machines):
+            trusted, machines = list(nodes), [as_node(node) for node in nodes]
         shunned = [node["NodeID"] for node in nodes if node not in trusted]
         away = {"ray.io/node-id": f"!in({','.join(shunned)})"} if shunned else {}
-        self.packing, wanted = self._wanted(trusted)
+        self.packing, wanted = self._wanted(machines)
         self._group = placement_group(
-            # Ray refuses empty bundles: a hair of a core stands for "nothing in particular".
-            [demand.resources or {"CPU": 1e-4} for demand in wanted],
+            [demand.resources for demand in wanted],
             strategy=self.job.spec.cluster.placement.upper(),
             bundle_label_selector=[demand.labels | away for demand in wanted],
         )
         return wanted
 
-    def _wanted(self, nodes: Sequence[dict[str, Any]]) -> tuple[Packing, Sequence[Demand]]:
+    def _wanted(self, nodes: Sequence[Node]) -> tuple[Packing, Sequence[Demand]]:
         """Who shares an actor on these machines, in each copy, and what all actors ask for."""
-        cores = sum(node["Resources"].get("CPU", 0) for node in nodes)
+        cores = sum(node.resources.get("CPU", 0) for node in nodes)
         copies = self.job.spec.cluster.replicas
         packing = pack(self.job.topology, self.job.spec.cluster, int(cores) // copies)
-        return packing, demands(self.job.topology, packing * copies, cores)
+        return packing, demands(self.job.topology, packing * copies, nodes)
 
-    def _fits(self, nodes: Sequence[dict[str, Any]]) -> bool:
-        """Whether these machines could hold the actors, if nobody else used them."""
-        _, wanted = self._wanted(nodes)
-        return None not in assign(wanted, [as_node(node) for node in nodes])
+    def _shortage(self) -> str:
+        """Whom the cluster could not hold even if nobody else used it; empty if there is nobody."""
+        nodes = [as_node(node) for node in ray.nodes() if node["Alive"]]
+        packing, wanted = self._wanted(nodes)
+        who = [few(self.job.topology.names[i] for i in agents) for agents in packing]
+        return shortage(wanted, who * self.job.spec.cluster.replicas, nodes)
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
@@ -487,24 +511,14 @@ def _in_short(error: RayError) -> str:
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
-def _shortage(wanted: Sequence[Demand], waited: float) -> str:
-    """What the cluster lacks for the actors."""
-    there = ray.cluster_resources()
-    total: Counter[str] = Counter()
-    for demand in wanted:
-        total.update(demand.resources)
-    lacking = [
-        f"{amount:g} {key} asked for, {there.get(key, 0):g} there"
-        for key, amount in total.items()
-        if amount > there.get(key, 0)
-    ]
-    if not there.get("CPU"):
-        lacking.append("no machine with a core")
-    labels = {f"{k}={v}" for demand in wanted for k, v in demand.labels.items()}
-    if labels:
-        lacking.append(f"nodes labelled {', '.join(sorted(labels))}")
-    missing = "; ".join(lacking) or "its resources are held by other jobs or split over its nodes"
-    return f"the cluster could not hold {len(wanted)} actors within {waited:g} s: {missing}"
+def _held(wanted: Sequence[Demand]) -> str:
+    """What is free of all that actors ask for, on a cluster that could hold them."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    kinds = sorted({key for demand in wanted for key in demand.resources})
+    amounts = (f"{free.get(key, 0):g} of {there.get(key, 0):g} {key}" for key in kinds)
+    return (
+        f"its resources are held by other jobs or split over its nodes; free: {', '.join(amounts)}"
+    )
 
 
 def _only(answers: Sequence[Any]) -> Any:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from hdnn_dist.agent import Agent
-from hdnn_dist.check import Phase, Report, examine, render
+from hdnn_dist.check import Crossing, Phase, Report, examine, render
 from hdnn_dist.cost import Calibration
 from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job
@@ -244,7 +245,39 @@ def test_placement_on_nodes() -> None:
     assert [actor.node for actor in found.actors] == ["camera", None]
     [warning] = found.warnings
     assert "1 of 2 actors find no place; the first, of b, asks for" in warning
-    assert "1 CPU, 1 camera, the label site=north" in warning
+    assert "1 CPU, 1 camera, the label site=north; camera: 0 CPU of 1 left" in warning
+    assert "here: no label site, no camera" in warning
+
+
+def test_edges_that_cross_machines_are_told() -> None:
+    """Three agents on a line, the last on another machine; b and c talk from one to the other."""
+    topology = line("ab", labels={"site": "north"})
+    topology["agents"].append({"name": "c", "labels": {"site": "south"}})
+    topology["edges"].append(["b", "c"])
+    nodes = [Node(site, {"CPU": 2.0}, {"site": site}) for site in ("north", "south")]
+    found = report(*nodes, topology=topology, model={"layers": 2}, training={"batch_size": 32})
+    assert [actor.node for actor in found.actors] == ["north", "north", "south"]
+    # As many bytes as in the example above.
+    assert found.crossings == (
+        Crossing("north", "south", (("b", "c"),), 5376),
+        Crossing("south", "north", (("c", "b"),), 5376),
+    )
+    text = shown(found)
+    assert re.search(r"south +north +1 +c → b +5.38 kB", text)
+    together = report(topology=line("abc"))
+    assert together.crossings == ()
+    assert "all of it on one node" in shown(together)
+
+
+def test_copies_cross_machines_with_their_own_share() -> None:
+    """Each copy of a and b has one machine to itself, or both are torn apart."""
+    nodes = [Node("x", {"CPU": 2.0}, {}), Node("y", {"CPU": 2.0}, {})]
+    sections = {"topology": line("ab"), "training": {"batch_size": 31}}
+    packed = report(*nodes, **sections, cluster={"replicas": 2})
+    assert packed.crossings == ()
+    spread = report(*nodes, **sections, cluster={"replicas": 2, "placement": "spread"})
+    assert {(c.source, c.target) for c in spread.crossings} == {("x", "y"), ("y", "x")}
+    assert sum(c.bytes for c in spread.crossings) == sum(link.bytes for link in spread.traffic)
 
 
 def test_actors_that_will_have_no_gpu_are_warned_of() -> None:
