@@ -27,6 +27,7 @@ from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
 from hdnn_dist.placement import Demand, Node, Packing, assign, demands, hosts, pack, shortage
 from hdnn_dist.sparsity import BlockPattern
+from hdnn_dist.worker import slowest
 
 DRAWN = 32  # agents up to which patterns are drawn
 LISTED = 32  # agents, links or actors up to which all are listed
@@ -113,6 +114,23 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Stragglers:
+    """The actors for which all others are predicted to wait, in each copy.
+
+    Attributes:
+        actors: their numbers.
+        agents: their agents.
+        busy: seconds of a step in which the slowest computes.
+        others: of these, those in which the others compute, on average; in the rest they wait.
+    """
+
+    actors: tuple[int, ...]
+    agents: tuple[str, ...]
+    busy: float
+    others: float
+
+
+@dataclass(frozen=True)
 class Report:
     """All that can be said of a job beforehand. Bytes are those of a training step.
 
@@ -147,6 +165,7 @@ class Report:
         crossings: of that, what passes between nodes, the most first; sums over copies aside.
         timings: as the spec has it, and then with other packings, the fastest first; empty
             without a calibration.
+        stragglers: for whom the others wait, with the spec's packing; None if for nobody much.
         warnings: what will not work well.
     """
 
@@ -183,6 +202,7 @@ class Report:
     crossing_bytes: int
     crossings: tuple[Crossing, ...]
     timings: tuple[Timing, ...]
+    stragglers: Stragglers | None
     warnings: tuple[str, ...]
 
 
@@ -216,6 +236,7 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
         for (source, target), amount in sorted(sent.items())
     )
     crossing = [n for (source, target), n in sent.items() if host[source] != host[target]]
+    timings = tuple(_timings(job, packing, calibration, int(cores))) if calibration else ()
     paths = sum(len(row) ** 2 for row in patterns.K.rows)
     examined = M <= EXAMINED_AGENTS and paths <= EXAMINED_PATHS
     missing = (patterns.composed - patterns.S).entries if examined else ()
@@ -276,7 +297,8 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
         crossing_links=len(crossing),
         crossing_bytes=sum(crossing),
         crossings=tuple(_crossings(job, host, places, nodes)),
-        timings=tuple(_timings(job, packing, calibration, int(cores))) if calibration else (),
+        timings=timings,
+        stragglers=_stragglers(job, packing, timings[0].cost) if timings else None,
         warnings=(),
     )
     return replace(report, warnings=tuple(_warnings(job, report)))
@@ -305,15 +327,31 @@ def _crossings(
 def _timings(job: Job, packing: Packing, calibration: Calibration, cores: int) -> Iterator[Timing]:
     """The packing of the spec, and then one, two, four … actors up to some a core."""
     cluster, M = job.spec.cluster, len(job.topology.agents)
-    yield Timing(cluster.agents_per_actor, len(packing), predict(job, packing, calibration, cores))
+    copies = cluster.replicas
+
+    def timing(size: int | str, packing: Packing) -> Timing:
+        return Timing(size, copies * len(packing), predict(job, packing, calibration, cores))
+
+    yield timing(cluster.agents_per_actor, packing)
     found = {}
     count = 1
-    while count <= min(M, ACTORS_A_CORE * max(1, cores)):
+    while count <= min(M, ACTORS_A_CORE * max(1, cores // copies)):
         size = -(-M // count)
         other = pack(job.topology, cluster.model_copy(update={"agents_per_actor": size}), cores)
-        found[len(other)] = Timing(size, len(other), predict(job, other, calibration, cores))
+        found[len(other)] = timing(size, other)
         count *= 2
     yield from sorted(found.values(), key=lambda timing: timing.cost.seconds)
+
+
+def _stragglers(job: Job, packing: Packing, cost: Cost) -> Stragglers | None:
+    """Who computes longest, if a step takes that long for them and not for want of cores."""
+    busy = cost.busy
+    slow = slowest(busy)
+    if not slow or cost.arithmetic > max(busy):
+        return None
+    rest = [seconds for k, seconds in enumerate(busy) if k not in slow]
+    names = tuple(job.topology.names[i] for k in slow for i in packing[k])
+    return Stragglers(tuple(slow), names, max(busy), sum(rest) / len(rest))
 
 
 def _patterns(job: Job, composed: bool) -> Iterator[PatternReport]:
@@ -577,6 +615,14 @@ def _timing_section(report: Report) -> Iterator[RenderableType]:
         yield Text(
             f"suggestion: --set cluster.agents_per_actor={best.agents_per_actor} makes a step "
             f"{now.cost.seconds / best.cost.seconds:.1f} times as fast"
+        )
+    if slow := report.stragglers:
+        several = len(slow.actors) > 1
+        yield Text(
+            f"the others wait for actor{'s' * several} {_few(map(str, slow.actors))} "
+            f"({_few(slow.agents)}): computing takes {'them' if several else 'it'} "
+            f"{1e3 * slow.busy:.3g} ms of a step, and the others {1e3 * slow.others:.3g} ms on "
+            "average; smaller d or fewer agents there, or faster machines, make up for it"
         )
 
 

@@ -25,7 +25,8 @@ def pack(topology: Topology, cluster: ClusterSpec, cores: int) -> Packing:
 
     With a number of agents an actor, that is the most, and actors are as even as can be; with
     "auto" they are even in what their agents compute. Agents that ask for other node labels
-    or custom resources never share an actor: those may be on different machines.
+    or custom resources, or whose machines are of another speed, never share an actor: those may be
+    on different machines. Nor do agents that ask for a GPU and agents that do not.
 
     Args:
         topology: the agents.
@@ -40,7 +41,8 @@ def pack(topology: Topology, cluster: ClusterSpec, cores: int) -> Packing:
     alike: dict[str, list[int]] = {}
     for i, agent in enumerate(topology.agents):
         asked = sorted(agent.labels.items()), sorted(agent.resources.items())
-        alike.setdefault(repr(asked), []).append(i)
+        machine = *asked, agent.gpu > 0, agent.speed
+        alike.setdefault(repr(machine), []).append(i)
     parts = [
         part
         for agents in alike.values()

@@ -100,6 +100,11 @@ class AgentSpec(Section):
         description="Cores for its actor; default: an equal share of the cluster, at most 1.",
     )
     gpu: NonNegative = Field(default=0.0, description="GPUs for its actor.")
+    speed: Positive = Field(
+        default=1.0,
+        description="How fast its machine is beside the calibrated one: 0.25 is four times as "
+        "slow. It never shares an actor with agents of another speed, and `check` predicts by it.",
+    )
     resources: dict[str, Positive] = Field(
         default_factory=dict, description="Custom Ray resources its actor must be given."
     )

@@ -176,7 +176,7 @@ class InProcess:
 
     def travels_as(self, phase: Round) -> torch.dtype:
         """The type of the numbers of a round on their way."""
-        return self.per_sample if phase.per_sample else self.dtype
+        return phase.travels_as(self.per_sample, self.dtype)
 
     def _delivered(self, phase: Round, mail: Mail) -> Mail:
         """Mail that stays in this process, as it arrives."""

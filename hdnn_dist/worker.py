@@ -33,6 +33,7 @@ from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
+ALIKE = 0.9  # of the time that the slowest takes, at which another is as slow
 log = logging.getLogger("hdnn_dist")
 
 
@@ -77,6 +78,16 @@ class Times:
     compute: tuple[float, ...]
     wait: float
     node: str = ""
+
+
+def slowest(busy: Sequence[float]) -> list[int]:
+    """Those of some actors for which the others wait, by the seconds in which each was at work.
+
+    Those that take about as long as the one that takes longest; none if that is all of them.
+    """
+    longest = max(busy)
+    slow = [k for k, seconds in enumerate(busy) if seconds >= ALIKE * longest]
+    return slow if len(slow) < len(busy) else []
 
 
 class Worker:

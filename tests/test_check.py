@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from hdnn_dist.agent import Agent
-from hdnn_dist.check import Crossing, Phase, Report, examine, render
+from hdnn_dist.check import Crossing, Phase, Report, Stragglers, examine, render
 from hdnn_dist.cost import Calibration
 from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job
@@ -359,3 +359,32 @@ def test_a_packing_is_suggested_where_it_is_faster(latency: float, best: int) ->
     assert (now.agents_per_actor, now.actors) == (2, 2)
     assert [t.actors for t in others] == sorted((1, 2, 4), reverse=best == 4)
     assert f"suggestion: --set cluster.agents_per_actor={4 // best}" in shown(found)
+
+
+STEPS = Calibration(
+    *("h", "d", "t", 4),
+    **{"step": 1e-3, "half_step": 0.0, "message": 0.0, "number": 0.0, "keep": 0.0},
+    **{"small": 1e300, "large": 1e300, "latency": 1e-3, "send": 0.0, "bandwidth": 1e300},
+)
+
+
+def test_the_actors_for_which_the_others_wait_are_named() -> None:
+    topology = line("abcd")
+    topology["agents"][1]["speed"] = topology["agents"][2]["speed"] = 0.25
+    job = Job.of(spec_from_dict({"topology": topology}))
+    found = examine(job, (Node("large", {"CPU": 8.0}, {}),), STEPS)
+    assert found.stragglers == Stragglers((1, 2), ("b", "c"), 4e-3, 1e-3)
+    assert "the others wait for actors 1, 2 (b, c): computing takes them 4 ms" in shown(found)
+    alike = examine(Job.of(spec_from_dict({"topology": line("abcd")})), (HERE,), STEPS)
+    assert alike.stragglers is None
+    assert "the others wait" not in shown(alike)
+    one_core = examine(job, (Node("small", {"CPU": 1.0}, {}),), STEPS)
+    assert one_core.stragglers is None, "all wait for the core, whoever is slow"
+
+
+def test_predictions_are_of_the_actors_of_all_copies() -> None:
+    sections = {"topology": line("abcd"), "cluster": {"replicas": 2}}
+    found = examine(Job.of(spec_from_dict(sections)), (Node("large", {"CPU": 8.0}, {}),), STEPS)
+    assert found.timings[0].actors == len(found.actors) == 8
+    assert found.timings[0].cost.arithmetic == 1e-3
+    assert {timing.actors for timing in found.timings[1:]} == {2, 4, 8}

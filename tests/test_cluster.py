@@ -197,17 +197,19 @@ def test_packing_and_wires_do_not_change_the_numbers(
 @pytest.mark.parametrize(
     ("gpu", "device", "gpus", "direct"),
     [
-        (1, "auto", ["x", "y"], True),
-        (0.5, "auto", ["x", "x"], False),  # they share one
-        (1, "auto", ["x", None], False),  # this torch cannot use the other
-        (1, "cpu", ["x", "y"], False),
-        (0, "auto", ["x", "y"], False),
+        ((1, 1), "auto", ["x", "y"], True),
+        ((0.5, 0.5), "auto", ["x", "x"], False),  # they share one
+        ((1, 1), "auto", ["x", None], False),  # this torch cannot use the other
+        ((1, 1), "cpu", ["x", "y"], False),
+        ((0, 0), "auto", ["x", "y"], False),
+        ((1, 0), "auto", ["x", "y"], False),  # one computes on the CPU, whatever its machine has
+        ((1, 0), "auto", ["x", None], False),
     ],
 )
 def test_nccl_is_for_actors_that_have_a_gpu_each(
-    gpu: float, device: str, gpus: list[str | None], direct: bool
+    gpu: tuple[float, float], device: str, gpus: list[str | None], direct: bool
 ) -> None:
-    agents = f"topology.agents=[{{name: a, gpu: {gpu}}}, {{name: b, gpu: {gpu}}}]"
+    agents = f"topology.agents=[{{name: a, gpu: {gpu[0]}}}, {{name: b, gpu: {gpu[1]}}}]"
     job = Job.load(None, [agents, "topology.edges=[[a, b]]", f"cluster.device={device}"])
     runner = object.__new__(RayRunner)
     runner.job, runner.packing = job, ((0,), (1,))

@@ -115,6 +115,13 @@ def test_agents_with_other_labels_do_not_share_an_actor() -> None:
     ]
 
 
+@pytest.mark.parametrize("others", [{"speed": 0.5}, {"gpu": 0.5}])
+def test_agents_on_other_machines_do_not_share_an_actor(others: dict[str, float]) -> None:
+    agents = [AgentSpec(name=f"a{i}", d=1, **(others if i < 3 else {})) for i in range(5)]
+    packing = pack(topology(*agents), ClusterSpec(agents_per_actor="auto"), cores=2)
+    assert packing == ((0, 1, 2), (3, 4))
+
+
 def test_what_is_asked_for_is_the_sum_over_the_agents() -> None:
     agents = topology(
         AgentSpec(name="a", d=1, cpu=1.5, resources={"camera": 1.0}),
