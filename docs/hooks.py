@@ -65,22 +65,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, write in reference.PAGES.items():
         files.append(File.generated(config, page, content=write()))
     for path in sorted(Path(config.docs_dir).glob("notebooks/*.ipynb")):
-        for page, content in _run(path).items():
-            files.append(File.generated(config, page, content=content))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=_run(path)))
     return files
 
 
-def _run(path: Path) -> dict[str, str | bytes]:
-    """A notebook as a page, and its pictures."""
+def _run(path: Path) -> str:
+    """A notebook as a page, with what its cells answer now."""
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     exporter = MarkdownExporter(preprocessors=[ExecutePreprocessor(timeout=300)])
-    outputs = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
-    page, found = exporter.from_notebook_node(
-        notebook, {"metadata": {"path": str(ROOT)}, **outputs}
-    )
-    told = f"\n\n[This page as a notebook]({path.name})\n"
-    pictures = {f"notebooks/{name}": content for name, content in found["outputs"].items()}
-    return {f"notebooks/{path.stem}.md": page + told, **pictures}
+    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(ROOT)}})
+    said = page.replace("![png](", "![What the cell above draws](")
+    return f"{said}\n\n[This page as a notebook]({path.name})\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
