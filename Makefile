@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: train test chaos image lint clean
+.PHONY: train test chaos image docs lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/hdnn-dist train
@@ -16,6 +16,9 @@ chaos: $(VENV)/.installed-dev
 
 image: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m image
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
