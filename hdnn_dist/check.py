@@ -619,8 +619,8 @@ def _timing_section(report: Report) -> Iterator[RenderableType]:
     if slow := report.stragglers:
         several = len(slow.actors) > 1
         yield Text(
-            f"the others wait for actor{'s' * several} {_few(map(str, slow.actors))} "
-            f"({_few(slow.agents)}): computing takes {'them' if several else 'it'} "
+            f"the others wait for actor{'s' * several} {few(map(str, slow.actors))} "
+            f"({few(slow.agents)}): computing takes {'them' if several else 'it'} "
             f"{1e3 * slow.busy:.3g} ms of a step, and the others {1e3 * slow.others:.3g} ms on "
             "average; smaller d or fewer agents there, or faster machines, make up for it"
         )
