@@ -33,6 +33,7 @@ from hdnn_dist.node import AgentNode, Exchange
 from hdnn_dist.optimization import build_optimizer, fits, learning_rate
 
 CPU = torch.device("cpu")
+MOST_COUNTED = 64  # classes up to which an evaluation counts which are taken for which
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,20 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy (nats) and accuracy over a data set's part."""
+    """Of a data set's part.
+
+    Attributes:
+        loss: mean cross-entropy, in nats.
+        accuracy: share of right answers.
+        samples: how many.
+        confusion: how often samples of each class (rows) were taken for each class (columns); empty
+            where there are more than `MOST_COUNTED` classes.
+    """
 
     loss: float
     accuracy: float
     samples: int
+    confusion: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, order=True)
@@ -286,10 +296,10 @@ class Agent:
             return None
         return Fault(step, self.job.architecture.patterns.layers + 0.5, self.name, what)
 
-    def evaluate(
-        self, part: Part, start: int, stop: int, step: int
-    ) -> Exchange[tuple[float, int] | None]:
-        """Summed loss and number of right answers over some samples; None but at the root.
+    def evaluate(self, part: Part, start: int, stop: int, step: int) -> Exchange[Tensor | None]:
+        """Of some samples, summed loss, right answers, and `Evaluation.confusion` row by row.
+
+        In float64, and None but at the root.
 
         A number that is not finite is the agent's `fault`, of the last of the `step` steps taken.
         """
@@ -302,10 +312,13 @@ class Agent:
             return None
         labels_B = self.labels(part)[start:stop].to(self.device)
         loss, correct, _ = cross_entropy(scores, labels_B)
-        summed: float = loss.item()
         if self.fault is None:
-            self.fault = self._loss_fault(step, summed, f"the {part} set's loss")
-        return summed, int(correct)
+            self.fault = self._loss_fault(step, loss.item(), f"the {part} set's loss")
+        C = self.job.data.classes
+        counts = torch.zeros(C**2 if C <= MOST_COUNTED else 0, dtype=torch.float64)
+        if len(counts):
+            counts += torch.bincount(C * labels_B + scores.argmax(0), minlength=C**2).cpu()
+        return torch.cat([torch.stack([loss, correct]).to(counts), counts])
 
     def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:
         """Class probabilities `(B, C)` of own features of a batch; None but at the root."""

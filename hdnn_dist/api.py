@@ -30,7 +30,7 @@ from hdnn_dist.checkpoint import (
 from hdnn_dist.data import ensure_available
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
-from hdnn_dist.metrics import JsonLines, TensorBoard
+from hdnn_dist.metrics import JsonLines
 from hdnn_dist.model import HDNN
 from hdnn_dist.run import (
     check_is_shared,
@@ -42,6 +42,7 @@ from hdnn_dist.run import (
     write_spec,
 )
 from hdnn_dist.storage import Place, Where, place
+from hdnn_dist.tracking import TensorBoard
 from hdnn_dist.trainer import (
     Listener,
     LocalRunner,
@@ -102,7 +103,8 @@ def fit(
         runner: from `launch`.
         run: the run directory, a path or a URL (see `hdnn_dist.checkpoint`).
         listeners: are told of the run's course, beside those that write its metrics.
-        tensorboard: whether to write TensorBoard events, into a local run directory.
+        tensorboard: whether to write TensorBoard events, numbers alone, into a local run directory;
+            not if a `TensorBoard` is among the listeners.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
     """
     run = place(run)
@@ -112,6 +114,7 @@ def fit(
         steps_taken(runner.job, run)  # one that cannot go on is refused before its spec is touched
     write_spec(runner.job, run)
     writers: list[Listener] = [JsonLines(run)]
+    tensorboard &= not any(isinstance(listener, TensorBoard) for listener in listeners)
     if tensorboard and isinstance(run, Path):
         writers.append(TensorBoard(run))
     elif tensorboard:

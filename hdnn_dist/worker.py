@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult
+from hdnn_dist.agent import CPU, MOST_COUNTED, Agent, Evaluation, Fault, StepResult
 from hdnn_dist.analysis import Sums
 from hdnn_dist.capture import Captured
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
@@ -78,6 +78,19 @@ class Times:
     compute: tuple[float, ...]
     wait: float
     node: str = ""
+
+    def a_step(self) -> list[tuple[float, float, float]]:
+        """Seconds of a step to each agent: to compute, to hand over messages, to wait.
+
+        An agent waits for other processes, and while others in its own compute; what is left of a
+        step is its process's, to hand over messages.
+        """
+        computed = sum(self.compute)
+        send = max(0.0, self.total - computed - self.wait)
+        return [
+            (own / self.steps, send / self.steps, (self.wait + computed - own) / self.steps)
+            for own in self.compute
+        ]
 
 
 def slowest(busy: Sequence[float]) -> list[int]:
@@ -212,17 +225,20 @@ class Worker:
         if part not in PARTS:
             raise DataError(f"the data set has no part {part!r}", f"use one of {', '.join(PARTS)}")
         samples = self.job.data.samples(part)
-        sums = torch.zeros(2, dtype=torch.float64)
+        C = self.job.data.classes
+        counted = C if C <= MOST_COUNTED else 0
+        sums = torch.zeros(2 + counted**2, dtype=torch.float64)
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.evaluate(part, start, stop, self.step) for i, a in self.agents.items()}
-            for loss, correct in self._drive(actions, stop - start, self.job.plan.forward):
-                sums += torch.tensor([loss, correct], dtype=sums.dtype)
+            for found in self._drive(actions, stop - start, self.job.plan.forward):
+                sums += found
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
         if self.job.root not in self.agents:
             return None
         self.replicas.add([sums])
-        loss, correct = sums.tolist()
-        return Evaluation(loss / samples, correct / samples, samples)
+        loss, correct = sums[:2].tolist()
+        rows = sums[2:].long().view(counted, counted).tolist()
+        return Evaluation(loss / samples, correct / samples, samples, tuple(map(tuple, rows)))
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray | None:
         """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file.

@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.metrics import JsonLines, TensorBoard
+from hdnn_dist.metrics import JsonLines
 from hdnn_dist.trainer import Listener, Progress, Runner
 
 TWO_STEPS_AN_EPOCH = cast(Runner, SimpleNamespace(job=SimpleNamespace(steps_per_epoch=2)))
@@ -92,14 +90,3 @@ def test_lines_that_are_no_records_end_the_file(tmp_path: Path, damage: bytes) -
         ("train", 2),
         ("eval", 2),
     ]
-
-
-def test_tensorboard_events(tmp_path: Path) -> None:
-    play(TensorBoard(tmp_path), 0, 3)
-    time.sleep(1.1)  # TensorBoard reads its files in the order of the second they were made in
-    play(TensorBoard(tmp_path), 2, 4)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [event.step for event in events.Scalars("test/accuracy")] == [2, 4]
-    assert events.Scalars("test/accuracy")[0].value == pytest.approx(0.9)
