@@ -23,6 +23,7 @@ from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part, ensure_available
 from hdnn_dist.direct import Direct
 from hdnn_dist.errors import PlacementError, RunError, TransportError
+from hdnn_dist.gauges import ActorCounters, called
 from hdnn_dist.job import Job
 from hdnn_dist.joining import TLS
 from hdnn_dist.placement import Packing, hosts
@@ -47,6 +48,7 @@ class AgentActor:
         self._near: Sockets | None = None
         self._meetings = 0  # in this group
         self._direct = False
+        self._counters: ActorCounters | None = None
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
@@ -151,6 +153,7 @@ class AgentActor:
                 transport = wired if device.type == "cpu" else Staged(wired, device)
         self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()
+        self._counters = ActorCounters(job.topology.name, job.topology.names, agents)
         return job.digest
 
     def connect(self) -> None:
@@ -160,10 +163,7 @@ class AgentActor:
             TransportError: one that should do the same does not.
         """
         self._hang_up()
-        transport = self.worker.transport
-        if isinstance(transport, Staged):
-            transport = transport.inner
-        if not isinstance(transport, PointToPoint):  # a copy in one process, or GPUs apart
+        if (transport := self._wired) is None:
             return
         assert self._store is not None
         self._meetings += 1
@@ -176,6 +176,14 @@ class AgentActor:
                 f"{error.problem}"
             ) from error
         self._near = transport.near = Sockets(near, self._timeout)
+
+    @property
+    def _wired(self) -> PointToPoint | None:
+        """What talks to other processes over wires; None for a copy in one, or GPUs apart."""
+        transport = self.worker.transport
+        if isinstance(transport, Staged):
+            transport = transport.inner
+        return transport if isinstance(transport, PointToPoint) else None
 
     def _hang_up(self) -> None:
         if self._near is not None:
@@ -194,7 +202,19 @@ class AgentActor:
 
     def train(self, steps: int) -> list[StepResult]:
         """See `Worker`; so too below."""
-        return self.worker.train(steps)
+        results = self.worker.train(steps)
+        self._record()
+        return results
+
+    def _record(self) -> None:
+        """Have Ray know what was sent and for whom was waited, now and then."""
+        if self._counters is None or not self._counters.due:
+            return
+        waited = {"other copies": self._replicas.waited}
+        if (wired := self._wired) is not None:
+            for peer, seconds in wired.waited_for.items():
+                waited[called(wired.hosted(peer).split(", "))] = seconds
+        self._counters.record(self.worker.transport.sent, waited)
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return self.worker.faults()

@@ -1,8 +1,8 @@
 """Ray: the control plane. It places actors, tells them what to do and watches over them.
 
 No message of a layer passes through Ray: the actors form a torch.distributed group among
-themselves, and `hdnn_dist.transport` carries the rounds. Only this module, `actor`, `joining` and
-`submission` import ray.
+themselves, and `hdnn_dist.transport` carries the rounds. Only this module, `actor`, `gauges`,
+`joining` and `submission` import ray.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from hdnn_dist.errors import (
     TransportError,
     few,
 )
+from hdnn_dist.gauges import RunGauges
 from hdnn_dist.job import Job
 from hdnn_dist.joining import as_node, knock, start
 from hdnn_dist.placement import (
@@ -110,6 +111,7 @@ class RayRunner:
         try:
             if self._own_ray:
                 start(address_of(job.spec.cluster, address))
+            self._gauges = RunGauges(job.topology.name)
             self._launch()
         except BaseException:
             self.close()
@@ -137,6 +139,7 @@ class RayRunner:
             raise
         except Exception as error:  # Ray raises nothing more precise when its head is gone
             raise RunError(f"Ray failed while the actors were placed: {error}") from error
+        self._gauges.formed()
         self._form()
 
     def _clear_suspects(self) -> None:
@@ -290,8 +293,11 @@ class RayRunner:
         )
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
+        started = time.perf_counter()
         answers = self._all("train", steps)[: len(self.packing)]  # the same in all copies
-        return [result for results in answers for result in results]
+        results = [result for results in answers for result in results]
+        self._gauges.trained(results, time.perf_counter() - started)
+        return results
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return [fault for faults in self._all("faults") for fault in faults]
@@ -299,6 +305,8 @@ class RayRunner:
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
         answers = self._all("evaluate", part)[: len(self.packing)]  # the same in all copies
         evaluation: Evaluation = _only(answers)
+        if part == "test":
+            self._gauges.evaluated(evaluation)
         return evaluation
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102

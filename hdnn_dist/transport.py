@@ -333,6 +333,12 @@ class PointToPoint(Apart):
         apart = {(self.host[a], self.host[b]) for a, b in self.links}
         return sorted({p for pair in apart if self.rank in pair for p in pair} - {self.rank})
 
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """Seconds so far in which this process slept until a peer came, by peer."""
+        wires: list[Wire] = [self._far, *([] if self.near is None else [self.near])]
+        return {peer: seconds for wire in wires for peer, seconds in wire.waited.items()}
+
     def wire(self, peer: int) -> Wire:
         """What leads to a peer."""
         return self._far if self.near is None or peer not in self.near.peers else self.near
