@@ -6,7 +6,9 @@ torch and ray take seconds to import, so the commands import what they need, whe
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import signal
@@ -403,20 +405,22 @@ def evaluate(
     local: Local = False,
     as_json: AsJson = False,
 ) -> None:
-    """Loss and accuracy of a run's latest checkpoint."""
+    """Loss and accuracy of a run's latest checkpoint; of targets RMSE and R²."""
     _refuse_both(address, local)
     from hdnn_dist.api import open_run
     from hdnn_dist.checkpoint import to_json
+    from hdnn_dist.console import scores
 
     changes = _overrides(overrides, data_dir)
     _tidy_up_from_here()
     with open_run(run, overrides=changes, local=local, address=address) as (runner, step):
         result = runner.evaluate(part.value)
     if as_json:
-        print(to_json({"part": part.value, "step": step, **asdict(result)}))
+        told = {"loss": result.loss, **result.scores, "samples": result.samples}
+        print(to_json({"part": part.value, "step": step, **told}))
     else:
         print(
-            f"{part.value} accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
+            f"{part.value} {', '.join(scores(result.scores))}, loss {result.loss:.4f} "
             f"({result.samples} samples, step {step})"
         )
 
@@ -437,7 +441,7 @@ def predict(
     address: Address = None,
     local: Local = False,
 ) -> None:
-    """Classes and their probabilities as CSV, by a run's latest checkpoint."""
+    """Classes and their probabilities, or targets, as CSV, by a run's latest checkpoint."""
     _refuse_both(address, local)
     from hdnn_dist.api import open_run
     from hdnn_dist.checkpoint import write_text
@@ -453,11 +457,22 @@ def predict(
         load_rows(reopen(run, changes).spec.data, rows, ())
     _tidy_up_from_here()
     with open_run(run, overrides=changes, local=local, address=address) as (runner, _):
-        probabilities = runner.predict(part.value if rows is None else rows.absolute())
+        predicted = runner.predict(part.value if rows is None else rows.absolute())
+        targets = runner.job.data.targets
+    text = _csv_of_targets(predicted, targets) if targets else _csv(predicted)
     if out is None:
-        sys.stdout.write(_csv(probabilities))
+        sys.stdout.write(text)
     else:
-        write_text(out, _csv(probabilities))
+        write_text(out, text)
+
+
+def _csv_of_targets(predicted: np.ndarray, names: Sequence[str]) -> str:
+    """A line a sample: its index, and its targets in their units."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["index", *names])
+    lines.writerows([k, *(f"{v:.6g}" for v in row)] for k, row in enumerate(predicted))
+    return text.getvalue()
 
 
 def _csv(probabilities: np.ndarray) -> str:
@@ -745,10 +760,10 @@ def schema() -> None:
 
 
 def _print_summary(summary: Summary) -> None:
-    from hdnn_dist.console import duration, size
+    from hdnn_dist.console import duration, scores, size
 
     print(
-        f"test accuracy {summary.test_accuracy:.2%}, loss {summary.test_loss:.4f}; "
+        f"test {', '.join((*scores(summary.test_scores), f'loss {summary.test_loss:.4f}'))}; "
         f"{summary.epochs} epochs in {duration(summary.seconds)}, "
         f"{summary.samples_per_second:,.0f} samples/s, {size(summary.bytes_sent)} sent\n"
         f"run: {summary.run}"

@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import (
 from torch import Tensor
 
 from hdnn_dist.actor import START, AgentActor, actor_class
-from hdnn_dist.agent import Evaluation, Fault, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult, whole
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part
@@ -295,7 +295,7 @@ class RayRunner:
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
         started = time.perf_counter()
         answers = self._all("train", steps)[: len(self.packing)]  # the same in all copies
-        results = [result for results in answers for result in results]
+        results = [whole(parts) for parts in zip(*filter(None, answers), strict=True)]
         self._gauges.trained(results, time.perf_counter() - started)
         return results
 
@@ -304,7 +304,7 @@ class RayRunner:
 
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
         answers = self._all("evaluate", part)[: len(self.packing)]  # the same in all copies
-        evaluation: Evaluation = _only(answers)
+        evaluation: Evaluation = whole([answer for answer in answers if answer is not None])
         if part == "test":
             self._gauges.evaluated(evaluation)
         return evaluation
@@ -312,8 +312,10 @@ class RayRunner:
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102
         if source not in PARTS:  # actors work elsewhere
             source = os.path.abspath(source)
-        shares = [share for share in self._all("predict", source) if share is not None]
-        return np.concatenate(shares)
+        answers, actors = self._all("predict", source), len(self.packing)
+        copies = (answers[k : k + actors] for k in range(0, len(answers), actors))
+        told = [[part for part in copy if part is not None] for copy in copies]
+        return np.concatenate([reduce(operator.add, parts) for parts in told if parts])
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return sum(self._all("sent"), Counter())
@@ -527,9 +529,3 @@ def _held(wanted: Sequence[Demand]) -> str:
     return (
         f"its resources are held by other jobs or split over its nodes; free: {', '.join(amounts)}"
     )
-
-
-def _only(answers: Sequence[Any]) -> Any:
-    """The answer of the actor that hosts the root; the others have none."""
-    [answer] = [answer for answer in answers if answer is not None]
-    return answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -39,11 +39,22 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def scores(found: Mapping[str, float], digits: int = 2) -> tuple[str, ...]:
+    """Scores (see `hdnn_dist.agent.scores_of`) for people: "accuracy 97.50%" or "RMSE 0.12"."""
+    width = digits + 5
+    forms = {
+        "accuracy": f"accuracy {{:{width if digits == 1 else ''}.{digits}%}}",
+        "rmse": "RMSE {:.4g}",
+        "r2": f"R² {{:.{digits + 2}f}}",
+    }
+    return tuple(forms[name].format(score) for name, score in found.items())
+
+
 def figures(progress: Progress) -> tuple[str, ...]:
-    """Loss, accuracy and speed, as wide as they were before."""
+    """Loss, scores and speed, as wide as they were before."""
     return (
         f"loss {progress.loss:.4f}",
-        f"accuracy {progress.accuracy:6.1%}",
+        *scores(progress.scores, digits=1),
         f"{progress.samples_per_second:,.0f} samples/s",
     )
 
@@ -62,10 +73,8 @@ def header(runner: Runner, step: int) -> Iterator[str]:
 
 def verdict(step: int, epoch: int, evaluation: Evaluation) -> str:
     """An evaluation in a line."""
-    return (
-        f"epoch {epoch:3}  step {step}  test accuracy {evaluation.accuracy:.2%}  "
-        f"loss {evaluation.loss:.4f}"
-    )
+    told = "  ".join(scores(evaluation.scores))
+    return f"epoch {epoch:3}  step {step}  test {told}  loss {evaluation.loss:.4f}"
 
 
 def loss(cause: LostError, restart: int) -> str:

@@ -40,10 +40,24 @@ class Metric:
 
 
 TAGS = "ray_job", "topology"
-LOSS = Metric("hdnn_loss", "Mean cross-entropy of the last steps, in nats")
-ACCURACY = Metric("hdnn_accuracy", "Share of the last steps' samples that was classified rightly")
-TEST_LOSS = Metric("hdnn_test_loss", "Mean cross-entropy over the test set, in nats")
-TEST_ACCURACY = Metric("hdnn_test_accuracy", "Share of the test set that was classified rightly")
+LOSS = Metric(
+    "hdnn_loss",
+    "Mean cross-entropy of the last steps in nats, or mean square of standardised errors",
+)
+TEST_LOSS = Metric("hdnn_test_loss", "The same over the test set")
+SCORES = {
+    "accuracy": Metric("hdnn_accuracy", "Share of the last steps' samples classified rightly"),
+    "rmse": Metric("hdnn_rmse", "Root mean square error of the last steps, in the targets' unit"),
+    "r2": Metric("hdnn_r2", "Share of the targets' variance explained in the last steps"),
+}
+TEST_SCORES = {
+    name: Metric(f"hdnn_test_{name}", f"{words}, over the test set")
+    for name, words in (
+        ("accuracy", "Share of samples classified rightly"),
+        ("rmse", "Root mean square error in the targets' unit"),
+        ("r2", "Share of the targets' variance explained"),
+    )
+}
 STEP = Metric("hdnn_step", "Training steps taken")
 STEP_SECONDS = Metric("hdnn_step_seconds", "Seconds of a training step, on average of the last")
 RESTARTS = Metric("hdnn_restarts", "How often the driver has started all actors anew")
@@ -54,7 +68,10 @@ WAITED = Metric(
     ("agents", "neighbour"),
     True,
 )
-METRICS = LOSS, ACCURACY, TEST_LOSS, TEST_ACCURACY, STEP, STEP_SECONDS, RESTARTS, SENT, WAITED
+METRICS = (
+    *(LOSS, *SCORES.values(), TEST_LOSS, *TEST_SCORES.values()),
+    *(STEP, STEP_SECONDS, RESTARTS, SENT, WAITED),
+)
 
 
 def called(agents: Sequence[str]) -> str:
@@ -91,12 +108,14 @@ class RunGauges:
         self._set(STEP, results[-1].step)
         self._set(STEP_SECONDS, seconds / len(results))
         self._set(LOSS, sum(r.loss for r in results) / len(results))
-        self._set(ACCURACY, sum(r.correct for r in results) / sum(r.samples for r in results))
+        for name in results[-1].scores:
+            self._set(SCORES[name], sum(r.scores[name] for r in results) / len(results))
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The test set was gone through."""
         self._set(TEST_LOSS, evaluation.loss)
-        self._set(TEST_ACCURACY, evaluation.accuracy)
+        for name, score in evaluation.scores.items():
+            self._set(TEST_SCORES[name], score)
 
     def _set(self, metric: Metric, value: float) -> None:
         self._gauges[metric].set(value)

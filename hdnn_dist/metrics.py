@@ -29,6 +29,8 @@ class JsonLines(Listener):
         {"kind": "times", "step": 22, "actors": [{"agents": ["a1", "a2"], "steps": 22, "total": 0.9,
          "compute": [0.2, 0.2], "wait": 0.3, "node": "10.0.0.1 (1f2e3d4c)"}]}
 
+    Of targets there are "rmse" and "r2" in place of the accuracy.
+
     `norms` are `‖∂loss/∂y_j‖` of the states `y_0 … y_N` in an epoch's last step, over its batch.
 
     `times` are seconds of an epoch's steps (see `hdnn_dist.worker.Times`); they say who shared an
@@ -60,7 +62,7 @@ class JsonLines(Listener):
                     "step": result.step,
                     "epoch": (result.step - 1) // self._steps_per_epoch + 1,
                     "loss": result.loss,
-                    "accuracy": result.correct / result.samples,
+                    **result.scores,
                     "lr": result.lr,
                     "grad_norm": result.grad_norm,
                     "samples_per_second": round(progress.samples_per_second, 1),
@@ -83,9 +85,8 @@ class JsonLines(Listener):
         self._write(record, ends=True)
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
-        record = {"kind": "eval", "step": step, "epoch": epoch, **asdict(evaluation)}
-        del record["confusion"]  # a page of numbers every epoch; the report counts anew
-        self._write(record, ends=True)
+        told = {"loss": evaluation.loss, **evaluation.scores, "samples": evaluation.samples}
+        self._write({"kind": "eval", "step": step, "epoch": epoch, **told}, ends=True)
 
     def close(self) -> None:  # noqa: D102
         if self._log is not None:

@@ -8,6 +8,8 @@ All are told the same, by the same names::
     time/compute, send, wait    ms a step, the agents' mean     every epoch
     topology, gradients, times, confusion                       figures
 
+Of numbers to predict, `rmse` and `r2` stand in the place of `accuracy`.
+
 MLflow and W&B are their own packages, by their public clients: `pip install "hdnn_dist[mlflow]"`,
 `"hdnn_dist[wandb]"`. Where they send what they are told, and as whom, they find out for themselves
 (`MLFLOW_TRACKING_URI`, `WANDB_MODE`, …).
@@ -71,11 +73,8 @@ class Tracker(Listener):
 
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
         for result in results:
-            told = {
-                "train/loss": result.loss,
-                "train/accuracy": result.correct / result.samples,
-                "train/lr": result.lr,
-            }
+            told = {"train/loss": result.loss, "train/lr": result.lr}
+            told |= {f"train/{name}": score for name, score in result.scores.items()}
             if result.grad_norm is not None:
                 told["train/grad_norm"] = result.grad_norm
             if result is results[-1]:
@@ -100,8 +99,8 @@ class Tracker(Listener):
         self._waiting["times"] = lambda: figures.times("times", [*split], [*split.values()])
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
-        told = {"test/loss": evaluation.loss, "test/accuracy": evaluation.accuracy}
-        self.numbers(step, told)
+        told = {f"test/{name}": score for name, score in evaluation.scores.items()}
+        self.numbers(step, {"test/loss": evaluation.loss, **told})
         if counts := evaluation.confusion:
             self._waiting["confusion"] = lambda: figures.confusion("confusion", np.array(counts))
         self._draw(step)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from hdnn_dist.agent import Evaluation, Fault, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult, scores_of
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import (
     Manifest,
@@ -45,6 +46,7 @@ from hdnn_dist.transport import InProcess
 from hdnn_dist.worker import Times, Worker, device_of
 
 log = logging.getLogger("hdnn_dist")
+SCORES = re.compile(r"(best_)?test_(accuracy|rmse|r2)")
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
 
@@ -66,11 +68,11 @@ class Runner(Protocol):
         ...
 
     def evaluate(self, part: Part = "test") -> Evaluation:
-        """Loss and accuracy over a part of the data set."""
+        """Loss and scores over a part of the data set."""
         ...
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:
-        """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file."""
+        """Class probabilities or targets `(samples, C)` for "train", "test", or rows of a file."""
         ...
 
     def sent(self) -> Counter[tuple[int, int]]:
@@ -180,9 +182,10 @@ class Progress:
         step, steps: taken, and of the whole run.
         epoch, epochs: the epoch under way (from 1), and of the whole run.
         loss: mean over the steps since the last report.
-        accuracy: on the batches since the last report.
+        accuracy: on the batches since the last report; None of targets.
         samples_per_second: since the last report.
         seconds_left: at that speed.
+        squares, variance: of targets, on the batches since the last report.
     """
 
     step: int
@@ -190,9 +193,16 @@ class Progress:
     epoch: int
     epochs: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     samples_per_second: float
     seconds_left: float
+    squares: float | None = None
+    variance: float | None = None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """See `hdnn_dist.agent.scores_of`."""
+        return scores_of(self.loss, self.accuracy, self.squares, self.variance)
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,7 @@ class Summary:
 
     Attributes:
         run: the run directory.
-        test_accuracy, test_loss: of the last evaluation.
+        test_accuracy, test_loss: of the last evaluation; no accuracy of targets.
         best_test_accuracy: of all evaluations.
         epochs, steps: of the whole run.
         seconds: wall time of `fit`.
@@ -216,12 +226,14 @@ class Summary:
         placement: what ran where.
         restarts: after losses, by the process that ended the run.
         absent: agents of the spec that do not take part in the end.
+        test_rmse, test_r2: of targets, of the last evaluation.
+        best_test_r2: of all evaluations.
     """
 
     run: str
-    test_accuracy: float
+    test_accuracy: float | None
     test_loss: float
-    best_test_accuracy: float
+    best_test_accuracy: float | None
     epochs: int
     steps: int
     seconds: float
@@ -233,6 +245,15 @@ class Summary:
     placement: str
     restarts: int = 0
     absent: tuple[str, ...] = ()
+    test_rmse: float | None = None
+    test_r2: float | None = None
+    best_test_r2: float | None = None
+
+    @property
+    def test_scores(self) -> dict[str, float]:
+        """By name: accuracy, or rmse and r2; one that is no finite number is left out."""
+        scores = {"accuracy": self.test_accuracy, "rmse": self.test_rmse, "r2": self.test_r2}
+        return {name: score for name, score in scores.items() if score is not None}
 
 
 class Listener:
@@ -363,7 +384,7 @@ class Trainer:
         if step:
             manifest = read_manifest(checkpoint_folder(self.run, step))
             before_us, took_part = manifest.totals, set(manifest.files)
-        training_seconds, best = before_us.training_seconds, before_us.best_test_accuracy
+        training_seconds, best = before_us.training_seconds, before_us.best if step else -math.inf
         with _when(f"after step {step}"):
             started, sent = time.perf_counter(), self._sent()
 
@@ -372,7 +393,7 @@ class Trainer:
                 seconds=before_us.seconds + time.perf_counter() - started,
                 training_seconds=training_seconds,
                 bytes_sent=before_us.bytes_sent + self._sent() - sent,
-                best_test_accuracy=best,
+                **_best(job, best),
             )
 
         def save() -> None:
@@ -382,7 +403,7 @@ class Trainer:
                 state_digest(job),
                 totals(),
                 runner.save,
-                accuracy=None if evaluation is None else evaluation.accuracy,
+                accuracy=None if evaluation is None else evaluation.quality,
                 spec=job.spec.model_dump(mode="json"),
                 keep_last=training.keep_last,
                 keep_best=training.keep_best,
@@ -416,7 +437,7 @@ class Trainer:
                     self._tell("timed", step, runner.times())
                     if epoch % training.eval_every == 0 or ends:
                         evaluation = self._evaluate()
-                        best = max(best, evaluation.accuracy)
+                        best = max(best, evaluation.quality)
                         self._tell("evaluated", step, epoch, evaluation)
                 if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
                     save()
@@ -427,10 +448,12 @@ class Trainer:
         if evaluation is None:  # all steps were taken, but the summary is not there
             with _when(f"after step {step}"):
                 evaluation = self._evaluate()
-            best = max(best, evaluation.accuracy)
+            best = max(best, evaluation.quality)
         summary = Summary(
             run=str(self.run),
             test_accuracy=evaluation.accuracy,
+            test_rmse=evaluation.scores.get("rmse"),
+            test_r2=evaluation.scores.get("r2"),
             test_loss=evaluation.loss,
             epochs=training.epochs,
             steps=step,
@@ -488,9 +511,11 @@ class Trainer:
             epoch=(step - 1) // job.steps_per_epoch + 1,
             epochs=job.spec.training.epochs,
             loss=sum(r.loss for r in results) / len(results),
-            accuracy=sum(r.correct for r in results) / samples,
+            accuracy=_mean([None if r.correct is None else r.correct / r.samples for r in results]),
             samples_per_second=samples / seconds,
             seconds_left=(job.steps - step) * seconds / len(results),
+            squares=_mean([r.squares for r in results]),
+            variance=_mean([r.variance for r in results]),
         )
 
     def _sent(self) -> int:
@@ -499,6 +524,19 @@ class Trainer:
     def _tell(self, event: str, *news: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*news)
+
+
+def _mean(numbers: Sequence[float | None]) -> float | None:
+    """None of those that are not there."""
+    there = [number for number in numbers if number is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _best(job: Job, best: float) -> dict[str, float | None]:
+    """The best of all evaluations, by what it is."""
+    if not job.data.targets:
+        return {"best_test_accuracy": max(0.0, best)}
+    return {"best_test_accuracy": None, "best_test_r2": best if math.isfinite(best) else None}
 
 
 @contextmanager
@@ -519,6 +557,7 @@ def state_digest(job: Job) -> str:
         spec.data.model_dump_json(include={"name", "split"}),
         spec.training.model_dump_json(include={"dtype"}),
         spec.training.optimizer.name,
+        *[repr(targets) for targets in [spec.data.targets] if targets],
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -569,7 +608,9 @@ def read_summary(run: Place, steps: int) -> Summary | None:
     """The summary of a run that ended after so many steps; None if there is none."""
     try:
         content = json.loads(read(run / "summary.json", MAX_TEXT))
-        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
+        values: dict[str, Any] = {
+            k: math.nan if v is None and not SCORES.fullmatch(k) else v for k, v in content.items()
+        }
         found = TypeAdapter(Summary).validate_python(values)
     except (OSError, ValueError, RecursionError, AttributeError):  # missing or damaged
         return None

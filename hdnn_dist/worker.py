@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import CPU, MOST_COUNTED, Agent, Evaluation, Fault, StepResult
+from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult, counted, whole
 from hdnn_dist.analysis import Sums
 from hdnn_dist.capture import Captured
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
@@ -107,8 +107,8 @@ class Worker:
     """Hosts some of a job's agents.
 
     Every worker of a job is told to do the same things in the same order; what they compute for one
-    another goes over the transport. Results about the loss are the root's: other workers
-    return nothing.
+    another goes over the transport. Results about the loss are the root's, or of each agent that
+    reads out for itself: workers without such an agent return nothing.
 
     Args:
         job: the job.
@@ -159,7 +159,8 @@ class Worker:
             updates = {
                 i: self._timed(i, agent.update(self.step)) for i, agent in self.agents.items()
             }
-            results += self._drive(updates, samples, plan.clipping)
+            if parts := self._drive(updates, samples, plan.clipping):
+                results.append(whole(parts))
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         self._steps += steps
@@ -217,7 +218,7 @@ class Worker:
         return found
 
     def evaluate(self, part: Part = "test") -> Evaluation | None:
-        """Loss and accuracy over a part of the data set, of which each copy takes its share.
+        """Loss and scores over a part of the data set, of which each copy takes its share.
 
         Raises:
             DataError: the data set has no such part.
@@ -225,25 +226,28 @@ class Worker:
         if part not in PARTS:
             raise DataError(f"the data set has no part {part!r}", f"use one of {', '.join(PARTS)}")
         samples = self.job.data.samples(part)
-        C = self.job.data.classes
-        counted = C if C <= MOST_COUNTED else 0
-        sums = torch.zeros(2 + counted**2, dtype=torch.float64)
+        C, targets = counted(self.job.data), bool(self.job.data.targets)
+        sums = torch.zeros((3 if targets else 2) + C**2, dtype=torch.float64)
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.evaluate(part, start, stop, self.step) for i, a in self.agents.items()}
             for found in self._drive(actions, stop - start, self.job.plan.forward):
                 sums += found
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
-        if self.job.root not in self.agents:
+        if not any(agent.finishes for agent in self.agents.values()):
             return None
         self.replicas.add([sums])
-        loss, correct = sums[:2].tolist()
-        rows = sums[2:].long().view(counted, counted).tolist()
-        return Evaluation(loss / samples, correct / samples, samples, tuple(map(tuple, rows)))
+        if targets:
+            loss, squares, variance = (sums / samples).tolist()
+            return Evaluation(loss, None, samples, squares, variance)
+        loss, accuracy = (sums[:2] / samples).tolist()
+        rows = sums[2:].long().view(C, C).tolist()
+        return Evaluation(loss, accuracy, samples, confusion=tuple(map(tuple, rows)))
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray | None:
-        """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file.
+        """What `Agent.predict` says of "train", "test", or the rows of a .npy file, `(samples, C)`.
 
-        Of these each copy takes its share; None of none.
+        Of these each copy takes its share; None of none. Targets that other processes read out are
+        zero, so that theirs can be added.
 
         Raises:
             DataError: the file cannot be read, or its rows are not samples of the data set.
@@ -259,8 +263,20 @@ class Worker:
         samples = len(next(iter(own.values())))
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
-            chunks += self._drive(actions, stop - start, self.job.plan.forward)
+            parts = self._drive(actions, stop - start, self.job.plan.forward)
+            if parts and self.job.architecture.own is not None:
+                parts = [self._side_by_side(parts)]
+            chunks += parts
         return np.concatenate(chunks) if chunks else None
+
+    def _side_by_side(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The outputs of agents that read out for themselves, among those of all."""
+        architecture = self.job.architecture
+        outputs = np.zeros((len(parts[0]), architecture.outputs))
+        readers = [i for i, agent in self.agents.items() if agent.finishes]
+        for i, part in zip(readers, parts, strict=True):
+            outputs[:, list(architecture.reads_out(i))] = part
+        return outputs
 
     def gradient_squares(self) -> Tensor:
         """`‖∂loss/∂y_j‖²` of the agents here, `j = 0 … N`, at the last step of the last epoch."""

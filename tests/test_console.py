@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -30,6 +31,18 @@ def test_plain_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.getvalue().splitlines() == [
         "epoch   1  step 3/4  loss 0.5000  accuracy  75.0%  100 samples/s  1:05 left",
         "epoch   2  step 4  test accuracy 90.00%  loss 0.2500",
+    ]
+
+
+def test_targets_have_an_error_in_place_of_an_accuracy() -> None:
+    out = io.StringIO()
+    plain = PlainView(Console(file=out, width=200))
+    plain._last = -math.inf
+    plain.stepped([], Progress(3, 4, 1, 2, 0.5, None, 100.0, 65.0, 0.25, 1.0))
+    plain.evaluated(4, 2, Evaluation(0.25, None, 10, 16.0, 1.0))
+    assert out.getvalue().splitlines() == [
+        "epoch   1  step 3/4  loss 0.5000  RMSE 0.5  R² 0.500  100 samples/s  1:05 left",
+        "epoch   2  step 4  test RMSE 4  R² 0.7500  loss 0.2500",
     ]
 
 
