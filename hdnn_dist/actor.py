@@ -23,13 +23,14 @@ from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part, ensure_available
 from hdnn_dist.direct import Direct
 from hdnn_dist.errors import PlacementError, RunError, TransportError
-from hdnn_dist.gauges import ActorCounters, called
+from hdnn_dist.gauges import ActorCounters
 from hdnn_dist.job import Job
 from hdnn_dist.joining import TLS
-from hdnn_dist.placement import Packing, hosts
+from hdnn_dist.placement import Packing, called, hosts
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Track, clock
 from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
 from hdnn_dist.wires import Gloo, PeerError, Sockets, connect
 from hdnn_dist.worker import Times, Worker, device_of
@@ -205,6 +206,13 @@ class AgentActor:
         results = self.worker.train(steps)
         self._record()
         return results
+
+    def profile(self, steps: int) -> tuple[list[StepResult], Track]:  # noqa: D102
+        return self.worker.profile(steps)
+
+    def clock(self) -> tuple[str, float]:
+        """See `hdnn_dist.trace`."""
+        return clock()
 
     def _record(self) -> None:
         """Have Ray know what was sent and for whom was waited, now and then."""

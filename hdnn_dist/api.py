@@ -95,6 +95,7 @@ def fit(
     *,
     tensorboard: bool = True,
     stop: Event | None = None,
+    profile: int = 0,
 ) -> Summary:
     """Train launched agents to the end of their job, from the run's latest checkpoint if any.
 
@@ -104,6 +105,7 @@ def fit(
         listeners: are told of the run's course, beside those that write its metrics.
         tensorboard: whether to write TensorBoard events, into a local run directory.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
+        profile: steps of which `trace.json` tells who did what when (see `Trainer`).
     """
     run = place(run)
     if not isinstance(runner, LocalRunner):
@@ -119,7 +121,7 @@ def fit(
     with ExitStack() as stack:
         for listener in (*listeners, *writers):
             stack.callback(listener.close)
-        return Trainer(runner, run, (*listeners, *writers), stop).fit()
+        return Trainer(runner, run, (*listeners, *writers), stop, profile).fit()
 
 
 def train(

@@ -188,6 +188,15 @@ def train(
     address: Address = None,
     local: Local = False,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events.")] = True,
+    profile: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            metavar="STEPS",
+            help="Write RUN/trace.json, which tells for so many steps who did what when.",
+        ),
+    ] = 0,
 ) -> None:
     """Train a job, or continue a run."""
     _refuse_both(address, local)
@@ -200,6 +209,7 @@ def train(
     from hdnn_dist.console import view
     from hdnn_dist.run import check_is_shared, create, finished, reopen, vacant
     from hdnn_dist.storage import place
+    from hdnn_dist.trainer import TRACE
 
     # Before a cluster is started for it.
     folder = vacant(job, run) if resume is None else place(resume)
@@ -224,7 +234,14 @@ def train(
         hint = f"continue with: hdnn-dist train --resume {folder}{options}"
         try:
             with _interrupt_sets(threading.Event()) as stop:
-                summary = fit(runner, folder, [view(Console())], tensorboard=tensorboard, stop=stop)
+                summary = fit(
+                    runner,
+                    folder,
+                    [view(Console())],
+                    tensorboard=tensorboard,
+                    stop=stop,
+                    profile=profile,
+                )
         except KeyboardInterrupt:
             print(f"interrupted; {hint}", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -235,6 +252,8 @@ def train(
             print(hint, file=sys.stderr)
             raise typer.Exit(code) from None
     _print_summary(summary)
+    if profile:
+        print(f"trace: {folder / TRACE}, for https://ui.perfetto.dev or chrome://tracing")
 
 
 JobServer = Annotated[

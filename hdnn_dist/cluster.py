@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.joining import as_node, knock, start
 from hdnn_dist.placement import Demand, Packing, address_of, assign, demands, pack
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Track, clock_ahead
 from hdnn_dist.worker import PARTS, Times
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
@@ -274,6 +275,23 @@ class RayRunner:
         results = [result for results in answers for result in results]
         self._gauges.trained(results, time.perf_counter() - started)
         return results
+
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:  # noqa: D102
+        answers = self._all("profile", steps)
+        results = [result for own, _ in answers[: len(self.packing)] for result in own]
+        clocks = {  # a node has one for all its actors
+            node: clock_ahead(partial(self._clock, self._nodes.index(node)))
+            for node in dict.fromkeys(self._nodes)
+        }
+        return results, [
+            replace(track, node=node, ahead=clocks[node][0], error=clocks[node][1])
+            for (_, track), node in zip(answers, self._nodes, strict=True)
+        ]
+
+    def _clock(self, rank: int) -> tuple[str, float]:
+        [told] = self._ask([(rank, "clock", ())])
+        machine, now = told
+        return str(machine), float(now)
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return [fault for faults in self._all("faults") for fault in faults]

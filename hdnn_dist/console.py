@@ -13,9 +13,12 @@ from rich.text import Text
 
 from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.errors import LostError
-from hdnn_dist.trainer import Listener, Progress, Runner
+from hdnn_dist.placement import called
+from hdnn_dist.trainer import Listener, Progress, Runner, Summary
+from hdnn_dist.worker import Times, slowest
 
 QUIET = 5.0  # seconds between two plain lines, at least
+LONG = 0.1  # of a step: waiting of which is told
 
 
 def view(console: Console) -> Listener:
@@ -80,6 +83,42 @@ def change(step: int, left: Sequence[str], joined: Sequence[str]) -> str:
     return f"goes on {' and '.join(parts)} from step {step}"
 
 
+def waiting(times: Sequence[Times]) -> str | None:
+    """For whom the other actors waited in an epoch, in a line; None if for nobody, or not long."""
+    busy = [1e3 * (own.total - own.wait) / own.steps for own in times]
+    step = max(1e3 * own.total / own.steps for own in times)
+    slow = slowest(busy)
+    others = [each for k, each in enumerate(busy) if k not in slow]
+    if not slow or max(busy) - sum(others) / len(others) < LONG * step:
+        return None
+    names = called([name for k in slow for name in times[k].agents])
+    who = f"actors of {names}: they were" if len(slow) > 1 else f"actor of {names}: it was"
+    return (
+        f"the others wait for the {who} at work for {max(busy):.3g} ms of a step of {step:.3g} ms, "
+        f"and the others for {sum(others) / len(others):.3g} ms on average"
+    )
+
+
+class _View(Listener):
+    """Says in the end for whom the others waited in the last epoch.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._times: Sequence[Times] = ()
+
+    def timed(self, step: int, times: Sequence[Times]) -> None:
+        """See `Listener`; so too below."""
+        self._times = times
+
+    def ended(self, summary: Summary) -> None:
+        if self._times and (line := waiting(self._times)) is not None:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class _TwoRows(Bar):
     """A bar with figures below it, which go on in the next row where a terminal is narrow."""
 
@@ -89,7 +128,7 @@ class _TwoRows(Bar):
             yield Columns(map(Text, task.fields["figures"]), padding=(0, 2))
 
 
-class LiveView(Listener):
+class LiveView(_View):
     """A progress bar with the figures of the moment; each evaluation leaves a line above it.
 
     Args:
@@ -97,7 +136,7 @@ class LiveView(Listener):
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self._bar = _TwoRows(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),  # takes what the others leave
@@ -150,7 +189,7 @@ class LiveView(Listener):
         self._bar.stop()
 
 
-class PlainView(Listener):
+class PlainView(_View):
     """Lines for logs: one an evaluation, and now and then one on progress.
 
     Args:
@@ -158,7 +197,7 @@ class PlainView(Listener):
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self._last = time.monotonic()
 
     def started(self, runner: Runner, step: int) -> None:

@@ -43,6 +43,14 @@ class Transport(Protocol):
         """Seconds so far in which nothing was left but to wait for other processes."""
         ...
 
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """Seconds so far in which this process slept until another came, by the other's rank.
+
+        Empty where there is no other, or where it is not known which.
+        """
+        ...
+
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """Messages of this process's agents out, those for them in, both by (source, target).
 
@@ -140,6 +148,11 @@ class InProcess:
             total.update({link: each.times * size for link, size in each.bytes.items()})
         total.update(self._besides)
         return total
+
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        return {}
 
     def count(self, sent: Mapping[tuple[int, int], int]) -> None:
         """Take so many bytes for sent besides, by (source, target); fewer, if they are negative."""
@@ -308,7 +321,7 @@ class PointToPoint(Apart):
 
     @property
     def waited_for(self) -> dict[int, float]:
-        """Seconds so far in which this process slept until a peer came, by peer."""
+        """See `Transport`."""
         wires: list[Wire] = [self._far, *([] if self.near is None else [self.near])]
         return {peer: seconds for wire in wires for peer, seconds in wire.waited.items()}
 
@@ -389,6 +402,11 @@ class Staged:
     def waited(self) -> float:
         """See `Transport`."""
         return self.inner.waited
+
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        return self.inner.waited_for
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`."""
