@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +20,7 @@ from hdnn_dist.worker import Times, slowest
 
 QUIET = 5.0  # seconds between two plain lines, at least
 LONG = 0.1  # of a step: waiting of which is told
+log = logging.getLogger("hdnn_dist")
 
 
 def view(console: Console) -> Listener:
@@ -229,3 +231,43 @@ class PlainView(_View):
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._last = time.monotonic()
+
+
+class LogView(Listener):
+    """Log records of the run's course, for who collects those (`hdnn_dist.logs`)."""
+
+    def started(self, runner: Runner, step: int) -> None:
+        """See `Listener`; so too below."""
+        log.info("; ".join(header(runner, step)), extra={"step": step})
+
+    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
+        log.info(
+            "steps taken",
+            extra={
+                "step": progress.step,
+                "epoch": progress.epoch,
+                "loss": progress.loss,
+                "accuracy": progress.accuracy,
+                "samples_per_second": round(progress.samples_per_second, 1),
+            },
+        )
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
+        found = {"test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy}
+        log.info("test set gone through", extra={"step": step, "epoch": epoch, **found})
+
+    def skipped(self, fault: Fault) -> None:  # noqa: D102
+        extra = {"step": fault.step, "agents": [fault.agent]}
+        log.warning("skipped %s", fault, extra=extra)
+
+    def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
+        log.warning("lost: %s", cause, extra={"agents": list(cause.agents), "restart": restart})
+
+    def regrouped(  # noqa: D102
+        self, step: int, left: Sequence[str], joined: Sequence[str]
+    ) -> None:
+        log.info(change(step, left, joined), extra={"step": step})
+
+    def ended(self, summary: Summary) -> None:  # noqa: D102
+        extra = {"step": summary.steps, "run": summary.run, "seconds": round(summary.seconds, 3)}
+        log.info("the run is complete", extra=extra)
