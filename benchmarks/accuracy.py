@@ -7,18 +7,20 @@ other, from the same initial weights, with the same order of samples, batches, s
 learning rates:
 
     DDP           the dense model in two processes, half a batch each, gradients averaged by gloo
+    Ray Train     the same two processes, set up by its TorchTrainer (if `ray[train]` is installed)
     dense         the dense model in this process, two threads
     one process   all agents in this process, one thread
     2 actors      8 agents in each of two Ray actors
     16 actors     one agent in each
 
 Times are of training steps alone, by the clock of the wall: neither starts nor evaluations, which
-follow every epoch. Ray Train's TorchTrainer is not among them, as it needs packages that are not
-installed here; what it sets up is DDP.
+follow every epoch.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
@@ -125,6 +127,32 @@ def _data_parallel_worker(rank: int, spec: Any, store: str, queue: Any) -> None:
     dist.destroy_process_group()
 
 
+def by_ray_train(job: hdnn_dist.Job) -> Iterator[Epoch]:
+    """`data_parallel` in processes that Ray Train starts."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    with TemporaryDirectory() as folder:
+        TorchTrainer(
+            _ray_train_worker,
+            train_loop_config={"spec": job.spec, "out": f"{folder}/epochs"},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=WORKERS),
+            run_config=RunConfig(storage_path=folder),
+        ).fit()
+        ray.shutdown()
+        yield from (tuple(epoch) for epoch in json.loads(Path(folder, "epochs").read_text()))
+
+
+def _ray_train_worker(config: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    epochs = list(dense(hdnn_dist.Job.of(config["spec"]), rank, WORKERS))
+    if rank == 0:
+        Path(config["out"]).write_text(json.dumps(epochs))
+
+
 def with_threads(threads: int, epochs: Callable[[], Iterator[Epoch]]) -> Iterator[Epoch]:
     """The epochs, with so many threads in this process."""
     before = torch.get_num_threads()
@@ -153,6 +181,7 @@ def main() -> None:
 
     contestants: dict[str, Callable[[], Iterator[Epoch]]] = {
         f"DDP, {WORKERS} processes": lambda: data_parallel(job(1)),
+        f"Ray Train, {WORKERS} processes": lambda: by_ray_train(job(1)),
         f"dense, one process, {WORKERS} threads": lambda: with_threads(
             WORKERS, lambda: dense(job(1))
         ),
@@ -160,6 +189,8 @@ def main() -> None:
         "16 agents, 2 actors": lambda: agents(job(8)),
         "16 agents, 16 actors": lambda: agents(job(1)),
     }
+    if importlib.util.find_spec("pandas") is None:  # ray.train cannot do without
+        del contestants[f"Ray Train, {WORKERS} processes"]
     print(machine(), end="\n\n")
     print(
         f"| what | epochs to {o.accuracy:.1%} | seconds | of DDP's | seconds an epoch "

@@ -6,9 +6,9 @@
 `masked` is the formulation of the paper's public code, with states as rows: in every half step
 the whole `K` is multiplied by its mask and by `J`, and autograd keeps a node an operation.
 `autograd` is the same model as `HDNN` has it: masked once a step, only the blocks `Kp` and `Kq`,
-`X = I` left out. `dense` and `rows` are the layouts of `hdnn_dist.engine`, `rows` with weights that
-are kept as block rows; a star marks the one that its model of the cost chooses. Gradients are of
-all weights and of the first state.
+`X = I` left out; `--compile` adds what `torch.compile` makes of it. `dense` and `rows` are the
+layouts of `hdnn_dist.engine`, `rows` with weights that are kept as block rows; a star marks the one
+that its model of the cost chooses. Gradients are of all weights and of the first state.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def masked(y_BN: Tensor, K: Tensor, b: Tensor, mask: Tensor, J: Tensor) -> Tenso
     return torch.cat(y, 1)
 
 
-def contestants(size: Size) -> dict[str, Run]:
+def contestants(size: Size, compiled: bool = False) -> dict[str, Run]:
     """Forward and backward of each formulation, on the same numbers: `∂/∂y_0`, `(B, N)`."""
     torch.manual_seed(0)
     n, L = size.n, size.layers
@@ -129,6 +129,8 @@ def contestants(size: Size) -> dict[str, Run]:
             return member.propagate(y, each)[-1]
 
         calls["autograd"] = gradient(plain, list(named.values()))
+        if compiled:
+            calls["autograd, compiled"] = gradient(torch.compile(plain), list(named.values()))
     calls["dense"] = of(engine.Stack.of(member, coupled=False), dense)
     calls["rows"] = of(engine.Stack.of(member, coupled=False, rows=rows), blocks)
     calls["rows, recompute"] = of(
@@ -149,7 +151,7 @@ def table(sizes: dict[str, Size], o: Namespace) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name, size in sizes.items():
-        calls = contestants(size)
+        calls = contestants(size, o.compile)
         first, *others = (call() for call in calls.values())
         for other in others:
             torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
@@ -174,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description="the engine against plain autograd")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too (needs a C++ compiler)"
+    )
     o = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(table({name: SIZES[name] for name in o.sizes}, o))

@@ -17,6 +17,7 @@ from hdnn_dist.analysis import Sums
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.checkpoint import check_tensors
 from hdnn_dist.data import (
+    DataInfo,
     Part,
     background,
     epoch_order,
@@ -37,6 +38,7 @@ from hdnn_dist.node import AgentNode, Exchange
 from hdnn_dist.optimization import build_optimizer, fits, learning_rate
 
 CPU = torch.device("cpu")
+MOST_COUNTED = 64  # classes up to which an evaluation counts which are taken for which
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,23 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over a data set's part: the loss, as in `StepResult`, and what `scores_of` takes."""
+    """Over a data set's part.
+
+    Attributes:
+        loss: as in `StepResult`.
+        accuracy: share of right answers; None of targets.
+        samples: how many.
+        squares, variance: of targets, as in `scores_of`.
+        confusion: how often samples of each class (rows) were taken for each class (columns); empty
+            where there are more than `MOST_COUNTED` classes, and of targets.
+    """
 
     loss: float
     accuracy: float | None
     samples: int
     squares: float | None = None
     variance: float | None = None
+    confusion: tuple[tuple[int, ...], ...] = ()
 
     @property
     def scores(self) -> dict[str, float]:
@@ -88,6 +100,11 @@ class Evaluation:
     def quality(self) -> float:
         """What is better the larger it is: accuracy, or R²."""
         return [*self.scores.values()][-1]
+
+
+def counted(data: DataInfo) -> int:
+    """Of how many classes an evaluation counts which are taken for which; 0 of targets."""
+    return data.classes if not data.targets and data.classes <= MOST_COUNTED else 0
 
 
 def scores_of(
@@ -374,10 +391,10 @@ class Agent:
             return None
         return Fault(step, self.job.architecture.patterns.layers + 0.5, self.name, what)
 
-    def evaluate(
-        self, part: Part, start: int, stop: int, step: int
-    ) -> Exchange[list[float] | None]:
-        """The tally of some samples; None where outputs are not complete.
+    def evaluate(self, part: Part, start: int, stop: int, step: int) -> Exchange[Tensor | None]:
+        """The tally of some samples, and `Evaluation.confusion` row by row, in float64.
+
+        None where outputs are not complete.
 
         A number that is not finite is the agent's `fault`, of the last of the `step` steps taken.
         """
@@ -389,10 +406,13 @@ class Agent:
         if not self.finishes:
             return None
         labels_B = self.labels(part)[start:stop].to(self.device)
-        summed: list[float] = self._compare(scores, labels_B)[0].tolist()
+        tally = self._compare(scores, labels_B)[0].to(CPU, torch.float64)
         if self.fault is None:
-            self.fault = self._loss_fault(step, summed[0], f"the {part} set's loss")
-        return summed
+            self.fault = self._loss_fault(step, tally[0].item(), f"the {part} set's loss")
+        if not (C := counted(self.job.data)):
+            return tally
+        counts = torch.bincount(C * labels_B + scores.argmax(0), minlength=C**2)
+        return torch.cat([tally, counts.to(tally)])
 
     def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:
         """Class probabilities `(B, C)` of own features of a batch, or targets in their units.

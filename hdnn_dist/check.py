@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
@@ -21,14 +22,15 @@ from rich.text import Text
 from hdnn_dist.console import size
 from hdnn_dist.cost import Calibration, Cost, predict
 from hdnn_dist.data import share
+from hdnn_dist.errors import few
 from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
-from hdnn_dist.placement import Node, Packing, assign, demands, hosts, pack
+from hdnn_dist.placement import Demand, Node, Packing, assign, demands, hosts, pack, shortage
 from hdnn_dist.sparsity import BlockPattern
+from hdnn_dist.worker import slowest
 
 DRAWN = 32  # agents up to which patterns are drawn
 LISTED = 32  # agents, links or actors up to which all are listed
-NAMED = 5  # examples that a line names
 FASTER = 0.9  # of the time, at which another packing is suggested
 ACTORS_A_CORE = 4  # up to which packings are tried
 # Up to so many agents, and paths of two hops, is computed what takes their square, or cube.
@@ -93,12 +95,39 @@ class ActorReport:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """What a training step sends from one machine to another: between whom, and bytes in all."""
+
+    source: str
+    target: str
+    links: tuple[tuple[str, str], ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Timing:
     """The predicted time of a step (see `hdnn_dist.cost`), with a number of agents an actor."""
 
     agents_per_actor: int | str
     actors: int
     cost: Cost
+
+
+@dataclass(frozen=True)
+class Stragglers:
+    """The actors for which all others are predicted to wait, in each copy.
+
+    Attributes:
+        actors: their numbers.
+        agents: their agents.
+        busy: seconds of a step in which the slowest computes.
+        others: of these, those in which the others compute, on average; in the rest they wait.
+    """
+
+    actors: tuple[int, ...]
+    agents: tuple[str, ...]
+    busy: float
+    others: float
 
 
 @dataclass(frozen=True)
@@ -134,8 +163,10 @@ class Report:
         shares: samples of a step that each copy takes.
         actors, nodes: the placement, tried out on the nodes.
         crossing_links, crossing_bytes: of the traffic, what passes between actors.
+        crossings: of that, what passes between nodes, the most first; sums over copies aside.
         timings: as the spec has it, and then with other packings, the fastest first; empty
             without a calibration.
+        stragglers: for whom the others wait, with the spec's packing; None if for nobody much.
         warnings: what will not work well.
     """
 
@@ -171,7 +202,9 @@ class Report:
     nodes: tuple[Node, ...]
     crossing_links: int
     crossing_bytes: int
+    crossings: tuple[Crossing, ...]
     timings: tuple[Timing, ...]
+    stragglers: Stragglers | None
     warnings: tuple[str, ...]
 
 
@@ -196,8 +229,8 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
     copies = job.spec.cluster.replicas
     packing = pack(topology, job.spec.cluster, int(cores) // copies)
     host = hosts(packing)
-    wanted = demands(topology, packing * copies, cores)
-    places = assign(wanted, nodes)
+    wanted = demands(topology, packing * copies, nodes)
+    places = assign(wanted, nodes, job.spec.cluster.placement == "spread")
     sent = job.traffic(plan.training_step)
     shares = [share(job.batch, copy, copies) for copy in range(copies)]
     traffic = tuple(
@@ -205,6 +238,7 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
         for (source, target), amount in sorted(sent.items())
     )
     crossing = [n for (source, target), n in sent.items() if host[source] != host[target]]
+    timings = tuple(_timings(job, packing, calibration, int(cores))) if calibration else ()
     paths = sum(len(row) ** 2 for row in patterns.K.rows)
     examined = M <= EXAMINED_AGENTS and paths <= EXAMINED_PATHS
     missing = (patterns.composed - patterns.S).entries if examined else ()
@@ -265,24 +299,62 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
         nodes=tuple(nodes),
         crossing_links=len(crossing),
         crossing_bytes=sum(crossing),
-        timings=tuple(_timings(job, packing, calibration, int(cores))) if calibration else (),
+        crossings=tuple(_crossings(job, host, places, nodes)),
+        timings=timings,
+        stragglers=_stragglers(job, packing, timings[0].cost) if timings else None,
         warnings=(),
     )
     return replace(report, warnings=tuple(_warnings(job, report)))
 
 
+def _crossings(
+    job: Job, host: Sequence[int], places: Sequence[int | None], nodes: Sequence[Node]
+) -> Iterator[Crossing]:
+    names, copies = job.topology.names, job.spec.cluster.replicas
+    actors = len(places) // copies
+    between: dict[tuple[int, int], Counter[tuple[int, int]]] = {}
+    for copy in range(copies):
+        taken = share(job.batch, copy, copies)
+        on = [places[copy * actors + rank] for rank in host]
+        for link, amount in job.traffic_of(
+            job.plan.training_step, taken.stop - taken.start
+        ).items():
+            source, target = (on[i] for i in link)
+            if source is not None and target is not None and source != target:
+                between.setdefault((source, target), Counter())[link] += amount
+    for (source, target), sent in sorted(between.items(), key=lambda item: -item[1].total()):
+        links = tuple((names[l], names[i]) for l, i in sorted(sent))
+        yield Crossing(nodes[source].name, nodes[target].name, links, sent.total())
+
+
 def _timings(job: Job, packing: Packing, calibration: Calibration, cores: int) -> Iterator[Timing]:
     """The packing of the spec, and then one, two, four … actors up to some a core."""
     cluster, M = job.spec.cluster, len(job.topology.agents)
-    yield Timing(cluster.agents_per_actor, len(packing), predict(job, packing, calibration, cores))
+    copies = cluster.replicas
+
+    def timing(size: int | str, packing: Packing) -> Timing:
+        return Timing(size, copies * len(packing), predict(job, packing, calibration, cores))
+
+    yield timing(cluster.agents_per_actor, packing)
     found = {}
     count = 1
-    while count <= min(M, ACTORS_A_CORE * max(1, cores)):
+    while count <= min(M, ACTORS_A_CORE * max(1, cores // copies)):
         size = -(-M // count)
         other = pack(job.topology, cluster.model_copy(update={"agents_per_actor": size}), cores)
-        found[len(other)] = Timing(size, len(other), predict(job, other, calibration, cores))
+        found[len(other)] = timing(size, other)
         count *= 2
     yield from sorted(found.values(), key=lambda timing: timing.cost.seconds)
+
+
+def _stragglers(job: Job, packing: Packing, cost: Cost) -> Stragglers | None:
+    """Who computes longest, if a step takes that long for them and not for want of cores."""
+    busy = cost.busy
+    slow = slowest(busy)
+    if not slow or cost.arithmetic > max(busy):
+        return None
+    rest = [seconds for k, seconds in enumerate(busy) if k not in slow]
+    names = tuple(job.topology.names[i] for k in slow for i in packing[k])
+    return Stragglers(tuple(slow), names, max(busy), sum(rest) / len(rest))
 
 
 def _patterns(job: Job, composed: bool) -> Iterator[PatternReport]:
@@ -293,7 +365,7 @@ def _patterns(job: Job, composed: bool) -> Iterator[PatternReport]:
         return PatternReport(symbol, P.rows, P.nnz / P.size**2)
 
     for T, layers in _layers_by_graph(job).items():
-        where = "" if len(layers) == patterns.layers else f" in layers {_few(map(str, layers))}"
+        where = "" if len(layers) == patterns.layers else f" in layers {few(map(str, layers))}"
         yield row(f"T{where}", T)
         if composed and any(update.pull for update in patterns.updates):
             yield row(f"TᵀT{where}", T.T @ T)
@@ -312,7 +384,7 @@ def _layers(job: Job) -> Iterator[Phase]:
     for layers in _layers_by_graph(job).values():
         j, plan = layers[0], job.plan
         rounds = [phase for update in plan.updates for phase in plan.half_step(j, update)]
-        yield _phase(job, f"layer{'s' * (len(layers) > 1)} {_few(map(str, layers))}", rounds)
+        yield _phase(job, f"layer{'s' * (len(layers) > 1)} {few(map(str, layers))}", rounds)
 
 
 def _step(job: Job) -> Iterator[Phase]:
@@ -364,7 +436,7 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
         )
     if report.examined and (unread := _unread(job)):
         yield (
-            f"the scores do not depend on the input of {_few(unread)}: "
+            f"the scores do not depend on the input of {few(unread)}: "
             "add layers or edges, or read at more agents "
             f"({'model.readout.agents' if job.architecture.own is None else 'data.targets'})"
         )
@@ -378,19 +450,16 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
             "to distort training images every agent reads all their pixels from the data set: use "
             "training.shift where an agent has no more than its own"
         )
-    if homeless := [actor for actor in report.actors if actor.node is None]:
-        first = homeless[0]
-        asked = [f"{amount:g} {key}" for key, amount in first.resources.items()]
-        asked += [f"the label {key}={value}" for key, value in first.labels.items()]
-        yield (
-            f"{len(homeless)} of {len(report.actors)} actors find no place; the first, of "
-            f"{_few(first.agents)}, asks for {', '.join(asked)}: ask for less, or add machines"
-        )
+    wanted = [Demand(actor.resources, actor.labels) for actor in report.actors]
+    spread = job.spec.cluster.placement == "spread"
+    who = [few(actor.agents) for actor in report.actors]
+    if missing := shortage(wanted, who, report.nodes, spread):
+        yield f"{missing}: ask for less, or add machines"
     without = [actor for actor in report.actors if not actor.resources.get("GPU")]
     if without and job.spec.cluster.device == "cuda":
         yield (
             f"cluster.device is cuda, but {len(without)} of {len(report.actors)} actors ask for no "
-            f"GPU; the first, of {_few(without[0].agents)}: give its agents gpu (1, or a part)"
+            f"GPU; the first, of {few(without[0].agents)}: give its agents gpu (1, or a part)"
         )
     weights, memory = report.parameters * job.dtype.itemsize, psutil.virtual_memory().total
     if weights > memory:
@@ -470,7 +539,7 @@ def _pattern_section(report: Report) -> Iterator[RenderableType]:
     if report.single_exchange:
         yield Text("RᵀTᵀT ≤ S holds: one exchange of neighbours' states would do for a half step")
     else:
-        missing = _few(f"({i}, {j})" for i, j in report.missing)
+        missing = few(f"({i}, {j})" for i, j in report.missing)
         yield Text(
             f"RᵀTᵀT ≤ S fails, at (i, l) = {missing}: i's half step involves l, which is no "
             "neighbour; it takes several rounds of one-hop messages instead"
@@ -515,7 +584,7 @@ def _placement_section(report: Report) -> Iterator[RenderableType]:
         asks = [f"{amount:g} {name}" for name, amount in actor.resources.items()]
         asks += [f"{key}={value}" for key, value in actor.labels.items()]
         copy = [str(actor.copy)] if report.replicas > 1 else []
-        table.add_row(str(k), *copy, _few(actor.agents), ", ".join(asks), actor.node or "none")
+        table.add_row(str(k), *copy, few(actor.agents), ", ".join(asks), actor.node or "none")
     yield table
     yield from _rest(len(report.actors), "actors")
     for node in report.nodes:
@@ -525,6 +594,16 @@ def _placement_section(report: Report) -> Iterator[RenderableType]:
         f"{report.crossing_links} of {len(report.traffic)} directed links and "
         f"{size(report.crossing_bytes)} a step pass between actors"
     )
+    if report.crossings:
+        table = _table("from node", "to node", "edges", "which", "bytes a step")
+        for crossing in report.crossings[:LISTED]:
+            which = few(f"{l} → {i}" for l, i in crossing.links)
+            amounts = str(len(crossing.links)), which, size(crossing.bytes)
+            table.add_row(crossing.source, crossing.target, *amounts)
+        yield table
+        yield from _rest(len(report.crossings), "pairs of nodes")
+    elif len({actor.node for actor in report.actors} - {None}) == 1:
+        yield Text("all of it on one node")
 
 
 def _timing_section(report: Report) -> Iterator[RenderableType]:
@@ -545,12 +624,20 @@ def _timing_section(report: Report) -> Iterator[RenderableType]:
             f"suggestion: --set cluster.agents_per_actor={best.agents_per_actor} makes a step "
             f"{now.cost.seconds / best.cost.seconds:.1f} times as fast"
         )
+    if slow := report.stragglers:
+        several = len(slow.actors) > 1
+        yield Text(
+            f"the others wait for actor{'s' * several} {few(map(str, slow.actors))} "
+            f"({few(slow.agents)}): computing takes {'them' if several else 'it'} "
+            f"{1e3 * slow.busy:.3g} ms of a step, and the others {1e3 * slow.others:.3g} ms on "
+            "average; smaller d or fewer agents there, or faster machines, make up for it"
+        )
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, column in enumerate(columns):
-        text = k == 0 or column in ("agents", "asks for", "node")
+        text = k == 0 or column in ("agents", "asks for", "node", "to node", "which")
         table.add_column(column, justify="left" if text else "right")
     return table
 
@@ -558,10 +645,3 @@ def _table(*columns: str) -> Table:
 def _rest(count: int, what: str) -> Iterator[RenderableType]:
     if count > LISTED:
         yield Text(f"… and {count - LISTED} more {what}")
-
-
-def _few(items: Iterable[str]) -> str:
-    """The first few, and how many more there are."""
-    shown = list(items)
-    more = len(shown) - NAMED
-    return ", ".join(shown[:NAMED]) + (f" and {more} more" if more > 0 else "")

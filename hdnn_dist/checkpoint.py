@@ -8,6 +8,7 @@
       summary.json              figures of the whole run
       absent.json               agents of the spec that are not to take part, if any
       tensorboard/              the same metrics as TensorBoard events
+      tracking.json             what MLflow or W&B call the run, if they were told of it
       checkpoints/
         step-00000230/
           manifest.json         step, digest of the job, SHA-256 of all files, cost so far

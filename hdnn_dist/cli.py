@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hdnn_dist.job import Job
+    from hdnn_dist.storage import Place
     from hdnn_dist.submission import Jobs
-    from hdnn_dist.trainer import Summary
+    from hdnn_dist.trainer import Listener, Summary
 
 
 class _Commands(TyperGroup):
@@ -87,6 +88,15 @@ Address = Annotated[
 ]
 Local = Annotated[bool, typer.Option("--local", help="All agents in this process, without Ray.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+class Track(StrEnum):
+    """What is told of a run, beside its own files."""
+
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
 PartOption = Annotated[Part, typer.Option(help="Which samples.")]
 
 
@@ -190,6 +200,22 @@ def train(
     address: Address = None,
     local: Local = False,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events.")] = True,
+    ui: Annotated[
+        bool,
+        typer.Option("--ui", help="Show it in TensorBoard, on this machine, while it trains."),
+    ] = False,
+    track: Annotated[
+        list[Track] | None, typer.Option(help="Tell it to a tracker as well. Repeats.")
+    ] = None,
+    profile: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            metavar="STEPS",
+            help="Write RUN/trace.json, which tells for so many steps who did what when.",
+        ),
+    ] = 0,
 ) -> None:
     """Train a job, or continue a run."""
     _refuse_both(address, local)
@@ -202,6 +228,7 @@ def train(
     from hdnn_dist.console import view
     from hdnn_dist.run import check_is_shared, create, finished, reopen, vacant
     from hdnn_dist.storage import place
+    from hdnn_dist.trainer import TRACE
 
     # Before a cluster is started for it.
     folder = vacant(job, run) if resume is None else place(resume)
@@ -218,6 +245,7 @@ def train(
         import torch._dynamo  # for the optimisers
     if tensorboard:
         import torch.utils.tensorboard  # noqa: F401
+    told = [view(Console()), *_trackers(folder, track or (), ui=ui)]
     _tidy_up_from_here()
     with closing(launch(job, local=local, address=address)) as runner:
         if resume is None:
@@ -226,7 +254,14 @@ def train(
         hint = f"continue with: hdnn-dist train --resume {folder}{options}"
         try:
             with _interrupt_sets(threading.Event()) as stop:
-                summary = fit(runner, folder, [view(Console())], tensorboard=tensorboard, stop=stop)
+                summary = fit(
+                    runner,
+                    folder,
+                    told,
+                    tensorboard=tensorboard,
+                    stop=stop,
+                    profile=profile,
+                )
         except KeyboardInterrupt:
             print(f"interrupted; {hint}", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -237,6 +272,27 @@ def train(
             print(hint, file=sys.stderr)
             raise typer.Exit(code) from None
     _print_summary(summary)
+    if profile:
+        print(f"trace: {folder / TRACE}, for https://ui.perfetto.dev or chrome://tracing")
+
+
+def _trackers(folder: Place, wanted: Sequence[Track], ui: bool) -> Iterator[Listener]:
+    """Who else is told of a run; TensorBoard is started if it is to be shown."""
+    if not (wanted or ui):
+        return
+    from hdnn_dist.tracking import MLflow, TensorBoard, WandB, serve
+
+    kinds = {Track.mlflow: MLflow, Track.wandb: WandB}
+    for name in dict.fromkeys(wanted):
+        yield kinds[name](folder)
+    if ui:
+        if not isinstance(folder, Path):
+            raise UserError(
+                f"--ui shows TensorBoard's events, but {folder} is no local path, and gets none",
+                "choose a local --run, or --track",
+            )
+        print(f"TensorBoard, until this command ends: {serve(folder)}", flush=True)
+        yield TensorBoard(folder, figures=True)
 
 
 JobServer = Annotated[

@@ -1,8 +1,8 @@
 """Ray: the control plane. It places actors, tells them what to do and watches over them.
 
 No message of a layer passes through Ray: the actors form a torch.distributed group among
-themselves, and `hdnn_dist.transport` carries the rounds. Only this module, `actor`, `joining` and
-`submission` import ray.
+themselves, and `hdnn_dist.transport` carries the rounds. Only this module, `actor`, `gauges`,
+`joining` and `submission` import ray.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -46,15 +46,33 @@ from hdnn_dist.errors import (
     PlacementError,
     RunError,
     TransportError,
+    few,
 )
+from hdnn_dist.gauges import RunGauges
 from hdnn_dist.job import Job
 from hdnn_dist.joining import as_node, knock, start
-from hdnn_dist.placement import Demand, Packing, address_of, assign, demands, pack
+from hdnn_dist.placement import (
+    Demand,
+    Node,
+    Packing,
+    address_of,
+    assign,
+    demands,
+    pack,
+    shortage,
+)
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Track, clock_ahead
 from hdnn_dist.worker import PARTS, Times
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
 GRACE = 3.0  # seconds that actors are given to tell their side of a failure, at most
+
+# How a job that finds no place is mended.
+ROOM = (
+    "give the job fewer or smaller agents or fewer cluster.replicas, pack them "
+    "(cluster.agents_per_actor: auto), or add machines"
+)
 
 log = logging.getLogger("hdnn_dist")
 
@@ -87,11 +105,14 @@ class RayRunner:
         self._suspects: set[str] = set()  # nodes on which actors were lost
         self._group: PlacementGroup | None = None
         self._own_ray = not ray.is_initialized()
+        # On this machine alone, and so no other can come.
+        self._alone = self._own_ray and address_of(job.spec.cluster, address) is None
         # Actors that fail because another one did are asked about it, not reported one by one.
         os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
         try:
             if self._own_ray:
                 start(address_of(job.spec.cluster, address))
+            self._gauges = RunGauges(job.topology.name)
             self._launch()
         except BaseException:
             self.close()
@@ -119,6 +140,7 @@ class RayRunner:
             raise
         except Exception as error:  # Ray raises nothing more precise when its head is gone
             raise RunError(f"Ray failed while the actors were placed: {error}") from error
+        self._gauges.formed()
         self._form()
 
     def _clear_suspects(self) -> None:
@@ -146,6 +168,10 @@ class RayRunner:
         the agents are packed anew.
         """
         deadline, there = time.monotonic() + self.timeout, set[str]()
+        if missing := self._shortage():
+            if self._alone:
+                raise PlacementError(missing, ROOM)
+            log.warning("%s; waiting %g s for machines", missing, self.timeout)
         while True:
             left = deadline - time.monotonic()
             if left < self.timeout / 2 and self._suspects:  # the others are held by somebody
@@ -158,11 +184,11 @@ class RayRunner:
             if self._group.wait(max(0.0, min(SLICE, left))):
                 break
             if left <= 0:
+                missing = self._shortage() or _held(wanted)
                 raise PlacementError(
-                    _shortage(wanted, self.timeout),
-                    "give the job fewer or smaller "
-                    "agents or fewer cluster.replicas, pack them (cluster.agents_per_actor: "
-                    "auto), or add machines",
+                    f"the cluster could not hold {len(wanted)} actors within {self.timeout:g} s: "
+                    f"{missing}",
+                    ROOM,
                 )
         for k, demand in enumerate(wanted):
             custom = {n: v for n, v in demand.resources.items() if n not in ("CPU", "GPU")}
@@ -194,30 +220,32 @@ class RayRunner:
         if self._group is not None:
             remove_placement_group(self._group)
         trusted = [n for n in nodes if not any(n["NodeID"][:8] in s for s in self._suspects)]
-        if not self._fits(trusted):
-            trusted = list(nodes)
+        machines = [as_node(node) for node in trusted]
+        if None in assign(self._wanted(machines)[1], machines):
+            trusted, machines = list(nodes), [as_node(node) for node in nodes]
         shunned = [node["NodeID"] for node in nodes if node not in trusted]
         away = {"ray.io/node-id": f"!in({','.join(shunned)})"} if shunned else {}
-        self.packing, wanted = self._wanted(trusted)
+        self.packing, wanted = self._wanted(machines)
         self._group = placement_group(
-            # Ray refuses empty bundles: a hair of a core stands for "nothing in particular".
-            [demand.resources or {"CPU": 1e-4} for demand in wanted],
+            [demand.resources for demand in wanted],
             strategy=self.job.spec.cluster.placement.upper(),
             bundle_label_selector=[demand.labels | away for demand in wanted],
         )
         return wanted
 
-    def _wanted(self, nodes: Sequence[dict[str, Any]]) -> tuple[Packing, Sequence[Demand]]:
+    def _wanted(self, nodes: Sequence[Node]) -> tuple[Packing, Sequence[Demand]]:
         """Who shares an actor on these machines, in each copy, and what all actors ask for."""
-        cores = sum(node["Resources"].get("CPU", 0) for node in nodes)
+        cores = sum(node.resources.get("CPU", 0) for node in nodes)
         copies = self.job.spec.cluster.replicas
         packing = pack(self.job.topology, self.job.spec.cluster, int(cores) // copies)
-        return packing, demands(self.job.topology, packing * copies, cores)
+        return packing, demands(self.job.topology, packing * copies, nodes)
 
-    def _fits(self, nodes: Sequence[dict[str, Any]]) -> bool:
-        """Whether these machines could hold the actors, if nobody else used them."""
-        _, wanted = self._wanted(nodes)
-        return None not in assign(wanted, [as_node(node) for node in nodes])
+    def _shortage(self) -> str:
+        """Whom the cluster could not hold even if nobody else used it; empty if there is nobody."""
+        nodes = [as_node(node) for node in ray.nodes() if node["Alive"]]
+        packing, wanted = self._wanted(nodes)
+        who = [few(self.job.topology.names[i] for i in agents) for agents in packing]
+        return shortage(wanted, who * self.job.spec.cluster.replicas, nodes)
 
     def _form(self) -> None:
         """Have the actors form their group, take on their agents, and agree on the job."""
@@ -266,8 +294,28 @@ class RayRunner:
         )
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
+        started = time.perf_counter()
         answers = self._all("train", steps)[: len(self.packing)]  # the same in all copies
-        return [whole(parts) for parts in zip(*filter(None, answers), strict=True)]
+        results = _together(answers)
+        self._gauges.trained(results, time.perf_counter() - started)
+        return results
+
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:  # noqa: D102
+        answers = self._all("profile", steps)
+        results = _together([own for own, _ in answers[: len(self.packing)]])
+        clocks = {  # a node has one for all its actors
+            node: clock_ahead(partial(self._clock, self._nodes.index(node)))
+            for node in dict.fromkeys(self._nodes)
+        }
+        return results, [
+            replace(track, node=node, ahead=clocks[node][0], error=clocks[node][1])
+            for (_, track), node in zip(answers, self._nodes, strict=True)
+        ]
+
+    def _clock(self, rank: int) -> tuple[str, float]:
+        [told] = self._ask([(rank, "clock", ())])
+        machine, now = told
+        return str(machine), float(now)
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return [fault for faults in self._all("faults") for fault in faults]
@@ -275,6 +323,8 @@ class RayRunner:
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
         answers = self._all("evaluate", part)[: len(self.packing)]  # the same in all copies
         evaluation: Evaluation = whole([answer for answer in answers if answer is not None])
+        if part == "test":
+            self._gauges.evaluated(evaluation)
         return evaluation
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102
@@ -489,21 +539,16 @@ def _in_short(error: RayError) -> str:
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
-def _shortage(wanted: Sequence[Demand], waited: float) -> str:
-    """What the cluster lacks for the actors."""
-    there = ray.cluster_resources()
-    total: Counter[str] = Counter()
-    for demand in wanted:
-        total.update(demand.resources)
-    lacking = [
-        f"{amount:g} {key} asked for, {there.get(key, 0):g} there"
-        for key, amount in total.items()
-        if amount > there.get(key, 0)
-    ]
-    if not there.get("CPU"):
-        lacking.append("no machine with a core")
-    labels = {f"{k}={v}" for demand in wanted for k, v in demand.labels.items()}
-    if labels:
-        lacking.append(f"nodes labelled {', '.join(sorted(labels))}")
-    missing = "; ".join(lacking) or "its resources are held by other jobs or split over its nodes"
-    return f"the cluster could not hold {len(wanted)} actors within {waited:g} s: {missing}"
+def _together(answers: Sequence[Sequence[StepResult]]) -> list[StepResult]:
+    """Step by step, what actors with a part of the outputs know of it; the others say nothing."""
+    return [whole(parts) for parts in zip(*filter(None, answers), strict=True)]
+
+
+def _held(wanted: Sequence[Demand]) -> str:
+    """What is free of all that actors ask for, on a cluster that could hold them."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    kinds = sorted({key for demand in wanted for key in demand.resources})
+    amounts = (f"{free.get(key, 0):g} of {there.get(key, 0):g} {key}" for key in kinds)
+    return (
+        f"its resources are held by other jobs or split over its nodes; free: {', '.join(amounts)}"
+    )

@@ -3,15 +3,17 @@
 With the agents `i` of actor `k`, and `share(x) = max(max_k x_k, Σ_k x_k / cores)` for actors that
 wait for one another, and for cores::
 
-    step     = share(Σ_i arithmetic_i) + Σ_rounds (latency + share(send · messages_k)
-                                                   + share(bytes_k) / bandwidth)
+    step     = share(Σ_i arithmetic_i / speed_i) + Σ_rounds (latency + share(send · messages_k)
+                                                             + share(bytes_k) / bandwidth)
     arithmetic_i = step + half_step · (passes through half steps) + message · (messages sent)
                  + number · (numbers passed over) + keep · (numbers kept for the adjoint)
                  + Σ_products flops / rate(flops)
 
 where rounds are those in which anything passes between actors, and messages and bytes are what an
-actor `k` sends and receives in one. The ten constants are a `Calibration`, which
-`hdnn-dist calibrate` measures. Processors are taken to have nothing else to do.
+actor `k` sends and receives in one. With copies of the agents the actors are those of all copies, a
+batch is the largest share of one, and the ring in which gradients are summed is some rounds more.
+The ten constants are a `Calibration`, which `hdnn-dist calibrate` measures. Processors are taken to
+have nothing else to do, and messages in fewer bits to cost their bytes alone.
 """
 
 from __future__ import annotations
@@ -142,7 +144,7 @@ def work_of(job: Job) -> list[Work]:
     12 d + 4 D numbers a sample are passed over in all, and 3 d + D kept; for each parameter 20 are
     passed over.
     """
-    architecture, plan, B = job.architecture, job.plan, job.batch
+    architecture, plan, B = job.architecture, job.plan, _share_of_a_copy(job)
     sent: Counter[int] = Counter()
     for phase, times in Counter(plan.training_step).items():
         for source, messages in phase.outbound.items():
@@ -174,11 +176,15 @@ def work_of(job: Job) -> list[Work]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a training step: computing, waiting for messages, and for their bytes."""
+    """Seconds of a training step: computing, waiting for messages, and for their bytes.
+
+    `busy` are those in which each actor of a copy computes.
+    """
 
     arithmetic: float
     latency: float
     transfer: float
+    busy: tuple[float, ...]
 
     @property
     def seconds(self) -> float:
@@ -191,28 +197,49 @@ def predict(job: Job, packing: Packing, calibration: Calibration, cores: int) ->
 
     Args:
         job: the job.
-        packing: who shares an actor; a single actor is also what `--local` does.
+        packing: who shares an actor, in each copy; a single actor is also what `--local` does.
         calibration: of such machines.
         cores: of the cluster, which the actors share.
     """
-    work, host = work_of(job), hosts(packing)
-    busy = [sum(calibration.arithmetic(work[i]) for i in agents) for agents in packing]
+    agents, work, host = job.topology.agents, work_of(job), hosts(packing)
+    batch, copies = _share_of_a_copy(job), job.spec.cluster.replicas
+    busy = tuple(
+        sum(calibration.arithmetic(work[i]) / agents[i].speed for i in members)
+        for members in packing
+    )
     latency = transfer = 0.0
+
+    def add(times: int, messages: Iterable[int], volume: Iterable[float]) -> None:
+        """Rounds with so many messages and bytes at each actor of a copy."""
+        nonlocal latency, transfer
+        sending = calibration.send * _share([*messages] * copies, cores)
+        latency += times * (calibration.latency + sending)
+        transfer += times * _share([*volume] * copies, cores) / calibration.bandwidth
+
     for phase, times in Counter(job.plan.training_step).items():
+        itemsize = phase.travels_as(job.message_dtype, job.dtype).itemsize
         frames: Counter[tuple[int, int]] = Counter()
         for m in phase.messages:
             if host[m.source] != host[m.target]:
-                amount = m.rows * phase.columns(job.batch) * job.dtype.itemsize
+                amount = m.rows * phase.columns(batch) * itemsize
                 frames[host[m.source], host[m.target]] += amount
         if frames:
-            messages = Counter(rank for pair in frames for rank in pair)
             volume: Counter[int] = Counter()
             for pair, amount in frames.items():
                 volume.update(dict.fromkeys(pair, amount))
-            sending = calibration.send * _share(messages.values(), cores)
-            latency += times * (calibration.latency + sending)
-            transfer += times * _share(volume.values(), cores) / calibration.bandwidth
-    return Cost(_share(busy, cores), latency, transfer)
+            add(times, Counter(rank for pair in frames for rank in pair).values(), volume.values())
+    if copies > 1:  # a ring: each actor sends a part of its numbers on and receives one
+        numbers = [
+            sum(job.architecture.count(i, zeros=True) for i in members) for members in packing
+        ]
+        part = 2 * job.dtype.itemsize / copies
+        add(2 * (copies - 1), [2] * len(packing), [part * count for count in numbers])
+    return Cost(_share(busy * copies, cores), latency, transfer, busy)
+
+
+def _share_of_a_copy(job: Job) -> int:
+    """Samples a step, of the copy that has most."""
+    return -(-job.batch // job.spec.cluster.replicas)
 
 
 def _share(amounts: Iterable[float], cores: int) -> float:

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 LONGEST = 1000  # characters of a problem, a mend or a place, which may hold any of a user's values
+NAMED = 5  # examples that a line names
 
 
 class HdnnError(Exception):
@@ -134,3 +135,10 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str | None = None)
     if len(given) <= LONGEST and (near := difflib.get_close_matches(given.casefold(), folded, n=1)):
         return f"did you mean {folded[near[0]]!r}?"
     return otherwise or f"use one of {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+
+
+def few(items: Iterable[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    shown = list(items)
+    more = len(shown) - NAMED
+    return ", ".join(shown[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -97,6 +97,10 @@ class Round:
         """Columns of a message: the batch, or one."""
         return batch if self.per_sample else 1
 
+    def travels_as(self, per_sample: Item, single: Item) -> Item:
+        """Of two types of number, that of the round: of one a sample, or of one in all."""
+        return per_sample if self.per_sample else single
+
     def numbers(self, batch: int) -> int:
         """How many numbers the round moves."""
         return sum(m.rows for m in self.messages) * self.columns(batch)
@@ -277,7 +281,7 @@ class Plan:
         """
         sent: dict[tuple[int, int], int] = {}
         for phase, times in Counter(rounds).items():
-            bytes_ = itemsize if phase.per_sample or single is None else single
+            bytes_ = phase.travels_as(itemsize, itemsize if single is None else single)
             columns = batch if phase.per_sample else copies
             for m in phase.messages:
                 size = m.rows * columns * bytes_ * times

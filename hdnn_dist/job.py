@@ -251,8 +251,17 @@ class Job:
 
     def traffic(self, rounds: Iterable[Round]) -> dict[tuple[int, int], int]:
         """Bytes from agent to agent that some rounds of a training step move."""
+        return self._traffic(rounds, self.batch, self.spec.cluster.replicas)
+
+    def traffic_of(self, rounds: Iterable[Round], samples: int) -> dict[tuple[int, int], int]:
+        """The same of one copy of the agents, which takes so many samples."""
+        return self._traffic(rounds, samples, 1)
+
+    def _traffic(
+        self, rounds: Iterable[Round], samples: int, copies: int
+    ) -> dict[tuple[int, int], int]:
         sizes = self.message_dtype.itemsize, self.dtype.itemsize
-        return self.plan.traffic(rounds, self.batch, *sizes, self.spec.cluster.replicas)
+        return self.plan.traffic(rounds, samples, *sizes, copies)
 
     @cached_property
     def bytes_per_step(self) -> int:

@@ -75,7 +75,8 @@ def as_node(node: dict[str, Any]) -> Node:
     """A machine as Ray tells of it."""
     # Ray also lists its own marks, such as node:10.0.0.1, as resources.
     resources = {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU") or _custom(k)}
-    return Node(node["NodeName"], resources, node["Labels"])
+    name = f"{node['NodeName']} ({node['NodeID'][:8]})"  # several may be of one name
+    return Node(name, resources, node["Labels"])
 
 
 def _custom(resource: str) -> bool:

@@ -88,8 +88,7 @@ class Share:
     Attributes:
         actor: its number.
         node: its machine; empty for one process.
-        seconds: of `figures.PARTS`. An agent waits for other processes, and while others in its own
-            compute; what is left of a step is its process's, to hand over messages.
+        seconds: of `figures.PARTS` in a step (see `Times.a_step`).
     """
 
     actor: int
@@ -331,15 +330,15 @@ def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
     shares: dict[str, Share] = {}
     for k, agents in enumerate(last):
         own = [times for actors in runs for times in actors if times.agents == agents]
-        steps = sum(times.steps for times in own)
-        total = sum(times.total for times in own) / steps
-        compute = [sum(column) / steps for column in zip(*(t.compute for t in own), strict=True)]
-        wait = sum(times.wait for times in own) / steps
-        send = max(0.0, total - sum(compute) - wait)
-        for name, mine in zip(agents, compute, strict=True):  # of copies, the first one's actor
-            shares.setdefault(
-                name, Share(k, own[-1].node, (mine, send, wait + sum(compute) - mine))
-            )
+        whole = Times(
+            agents,
+            steps=sum(times.steps for times in own),
+            total=sum(times.total for times in own),
+            compute=tuple(map(sum, zip(*(times.compute for times in own), strict=True))),
+            wait=sum(times.wait for times in own),
+        )
+        for name, seconds in zip(agents, whole.a_step(), strict=True):
+            shares.setdefault(name, Share(k, own[-1].node, seconds))  # of copies, the first one's
     return shares
 
 

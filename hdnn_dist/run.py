@@ -33,7 +33,7 @@ from hdnn_dist.trainer import Summary, check_belongs, read_summary
 MAY_CHANGE = re.compile(
     r"cluster(\..*)?"
     r"|data\.dir"
-    r"|topology\.agents\.[^.]+\.(cpu|gpu|resources|labels)(\..*)?"
+    r"|topology\.agents\.[^.]+\.(cpu|gpu|speed|resources|labels)(\..*)?"
     r"|training\.(epochs|eval_every|checkpoint_every|keep_last|keep_best|on_nonfinite)"
     r"|training\.(clip_norm|alpha|shift|activations|messages|(schedule|distort)(\..*)?)"
     r"|training\.optimizer\.(lr|momentum|betas|weight_decay)(\..*)?"

@@ -101,6 +101,11 @@ class AgentSpec(Section):
         description="Cores for its actor; default: an equal share of the cluster, at most 1.",
     )
     gpu: NonNegative = Field(default=0.0, description="GPUs for its actor.")
+    speed: Positive = Field(
+        default=1.0,
+        description="How fast its machine is beside the calibrated one: 0.25 is four times as "
+        "slow. It never shares an actor with agents of another speed, and `check` predicts by it.",
+    )
     resources: dict[str, Positive] = Field(
         default_factory=dict, description="Custom Ray resources its actor must be given."
     )
@@ -215,7 +220,7 @@ class ReadoutSpec(Section):
 class LayerGraph(Section):
     """A graph for one layer's K, over the same agents and inside the topology's links."""
 
-    edges: Edges
+    edges: Edges = Field(description="As `topology.edges`.")
 
 
 class MatrixFile(Section):
@@ -342,7 +347,9 @@ class StripeSplit(Section):
     """Horizontal or vertical image stripes, one an agent."""
 
     kind: Literal["stripes"]
-    axis: Literal["rows", "columns"] = "rows"
+    axis: Literal["rows", "columns"] = Field(
+        default="rows", description="Whether a stripe is some rows of the image, or some columns."
+    )
     agents: list[AgentName] | None = Field(
         default=None, description="Who sees input; default: everyone."
     )
@@ -352,7 +359,9 @@ class IndexSplit(Section):
     """Explicit feature indices per agent."""
 
     kind: Literal["indices"]
-    indices: dict[AgentName, list[Annotated[int, Field(ge=0)]]]
+    indices: dict[AgentName, list[Annotated[int, Field(ge=0)]]] = Field(
+        description="Per agent, the features that it sees, from 0."
+    )
     enter: dict[AgentName, Literal["p", "q"]] = Field(
         default_factory=dict,
         description="With encoder pad: the state that an agent's features enter; default p.",
@@ -363,7 +372,9 @@ class ColumnSplit(Section):
     """Names of a table's columns per agent."""
 
     kind: Literal["columns"]
-    columns: dict[AgentName, list[str]]
+    columns: dict[AgentName, list[str]] = Field(
+        description="Per agent, the columns that it sees; who is left out sees none."
+    )
 
 
 Split = Annotated[
@@ -380,7 +391,9 @@ DataName = Literal["digits", "mnist", "swiss_roll", "double_circles", "double_mo
 class DataSpec(Section):
     """The data set, and which agent sees which of its features."""
 
-    name: DataName = "digits"
+    name: DataName = Field(
+        default="digits", description="A built-in data set, or `table`: data of your own."
+    )
     dir: str | None = Field(
         default=None,
         description="Folder of the MNIST files, relative to this file's; default: $HDNN_DATA, "
@@ -414,7 +427,7 @@ class DataSpec(Section):
         "classes. A list: read out at the root. Columns per agent: each of these reads out its "
         "own by itself, and no one else sees them.",
     )
-    split: Split = AutoSplit()
+    split: Split = Field(default=AutoSplit(), description="Which agent sees which features.")
     train_samples: Count | None = Field(default=None, description="Use only the first so many.")
     test_samples: Count | None = Field(default=None, description="Likewise for the test set.")
 
@@ -426,33 +439,35 @@ class SGD(Section):
     """Stochastic gradient descent (torch.optim.SGD)."""
 
     name: Literal["sgd"]
-    lr: Positive = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegative = 0.0
+    lr: Positive = Field(default=0.1, description="Learning rate, before the schedule.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Share of the last step that is taken again."
+    )
+    weight_decay: NonNegative = Field(default=0.0, description="Weight decay.")
 
 
 class Adam(Section):
     """Adam, weight decay as an L2 gradient (torch.optim.Adam)."""
 
     name: Literal["adam"] = "adam"
-    lr: Positive = 0.01
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
+    lr: Positive = Field(default=0.01, description="Learning rate, before the schedule.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999),
+        description="Decay of the running means of the gradient and of its square.",
     )
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegative = Field(default=0.0, description="Weight decay.")
 
 
 class AdamW(Section):
     """Adam with decoupled weight decay (torch.optim.AdamW)."""
 
     name: Literal["adamw"]
-    lr: Positive = 0.01
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
+    lr: Positive = Field(default=0.01, description="Learning rate, before the schedule.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999),
+        description="Decay of the running means of the gradient and of its square.",
     )
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegative = Field(default=0.01, description="Weight decay.")
 
 
 Optimizer = Annotated[
@@ -472,23 +487,27 @@ class Step(Section):
 
     name: Literal["step"]
     every: Count = Field(description="Epochs between two cuts.")
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(default=0.1, description="Factor of a cut.")
 
 
 class Cosine(Section):
     """Half a cosine from lr down to final · lr over the whole run."""
 
     name: Literal["cosine"]
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="Where it ends, as a part of lr."
+    )
 
 
 class OneCycle(Section):
     """Cosine up from lr/start to lr for a part of the run, then down to lr/end (Smith 2017)."""
 
     name: Literal["one-cycle"]
-    warmup: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    start: Ratio = 25.0
-    end: Ratio = 1e4
+    warmup: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.3, description="Part of the run in which it rises."
+    )
+    start: Ratio = Field(default=25.0, description="It starts at lr / start.")
+    end: Ratio = Field(default=1e4, description="It ends at lr / end.")
 
 
 Schedule = Annotated[
@@ -532,10 +551,12 @@ class Distort(Section):
 class TrainingSpec(Section):
     """How the weights are found. All of it is local to an agent but the clipping norm."""
 
-    epochs: Count = 20
-    batch_size: Count = 64
-    optimizer: Optimizer = Adam()
-    schedule: Schedule = Constant()
+    epochs: Count = Field(default=20, description="Passes through the training set.")
+    batch_size: Count = Field(
+        default=64, description="Samples a step; the whole training set, where that is smaller."
+    )
+    optimizer: Optimizer = Field(default=Adam(), description="An agent's own, of its weights.")
+    schedule: Schedule = Field(default=Constant(), description="Course of the learning rate.")
     activations: Literal["store", "recompute"] = Field(
         default="store",
         description="store: an agent keeps its states of all layers for the backward pass. "
@@ -569,8 +590,12 @@ class TrainingSpec(Section):
         default=None,
         description="Augmentation: whole images are rotated, scaled, slanted, moved and bent.",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    dtype: Literal["float32", "float64"] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="Of initial weights, sample order and augmentation."
+    )
+    dtype: Literal["float32", "float64"] = Field(
+        default="float32", description="Type of weights, states and messages."
+    )
     eval_every: Count = Field(
         default=1, description="Epochs between two evaluations on the test set."
     )
@@ -610,6 +635,11 @@ class ClusterSpec(Section):
         default="auto",
         description="What carries messages between actors; auto: sockets between those on one "
         "machine, gloo between machines.",
+    )
+    logs: Literal["text", "json"] = Field(
+        default="text",
+        description="Form of what is logged on stderr, by actors in Ray's worker logs; json: one "
+        "object a line, of the run's course too, with time, level, message, node, agents and step.",
     )
     placement: Literal["spread", "pack"] = Field(
         default="pack", description="Over the cluster's nodes."

@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Transport(Protocol):
     names: tuple[str, ...]
     """The agents' names."""
 
+    border: frozenset[int]
+    """The agents here whose messages to other processes may be posted ahead of a round."""
+
     @property
     def sent(self) -> Counter[tuple[int, int]]:
         """Bytes sent so far, by (source, target)."""
@@ -41,6 +45,18 @@ class Transport(Protocol):
     @property
     def waited(self) -> float:
         """Seconds so far in which nothing was left but to wait for other processes."""
+        ...
+
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """Seconds so far in which this process slept until another came, by the other's rank.
+
+        Empty where there is no other, or where it is not known which.
+        """
+        ...
+
+    def post(self, phase: Round, mail: Mail, batch: int) -> None:
+        """Have what the border sends in a round on its way; its `exchange` comes next."""
         ...
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
@@ -60,7 +76,8 @@ def drive(
     """Run the generators of a process's agents through a plan's rounds; what each returns.
 
     In each round those that take part are resumed, and no others. The transport sees every round,
-    so that all processes go through the same ones.
+    so that all processes go through the same ones. Agents with neighbours in other processes come
+    first: their messages travel while the others compute.
 
     Args:
         agents: a started-to-be generator per agent (see `hdnn_dist.node`).
@@ -72,22 +89,30 @@ def drive(
         AgreementError: an agent is in another round, or sends what the plan does not have.
         TransportError: another process is gone.
     """
-    names = transport.names
+    names, border = transport.names, transport.border
     waiting: dict[int, Request] = {}
     results: dict[int, Result] = {}
 
-    def resume(i: int, inbox: dict[int, Tensor] | None) -> None:
-        try:
-            # A generator is started by sending None.
-            waiting[i] = agents[i].send(inbox)  # type: ignore[arg-type]
-        except StopIteration as stop:
-            results[i] = stop.value
+    def resume(inboxes: Mapping[int, dict[int, Tensor] | None]) -> None:
+        for i, inbox in inboxes.items():
+            try:
+                waiting[i] = agents[i].send(inbox)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                results[i] = stop.value
 
-    for i in agents:
-        resume(i, None)
+    inboxes: dict[int, Any] = dict.fromkeys(agents)  # a generator is started by sending None
     for phase in rounds:
+        if border:
+            resume({i: inboxes.pop(i) for i in [*inboxes] if i in border})
+            ready = ((i, waiting[i]) for i in border & waiting.keys())
+            transport.post(
+                phase,
+                {(i, t): x for i, (r, out) in ready if r is phase for t, x in out.items()},
+                batch,
+            )
+        resume(inboxes)
         few, many = sorted((agents.keys(), phase.agents), key=len)
-        inboxes: dict[int, dict[int, Tensor]] = {i: {} for i in few if i in many}
+        inboxes = {i: {} for i in few if i in many}
         mail: Mail = {}
         for i in inboxes:
             if i in results:
@@ -101,8 +126,7 @@ def drive(
                 mail[i, target] = tensor
         for (source, target), tensor in transport.exchange(phase, mail, batch).items():
             inboxes[target][source] = tensor
-        for i, inbox in inboxes.items():
-            resume(i, inbox)
+    resume(inboxes)
     for i, (wanted, _) in waiting.items():
         raise AgreementError(f"agent {names[i]} is in round {wanted.name} at the plan's end")
     return {i: results[i] for i in agents}
@@ -130,6 +154,7 @@ class InProcess:
         self.names, self.dtype, self.per_sample = tuple(names), dtype, per_sample
         self._outgoing: dict[tuple[Round, int], _Outgoing] = {}
         self._besides: Counter[tuple[int, int]] = Counter()
+        self.border: frozenset[int] = frozenset()
         self.waited = 0.0
 
     @property
@@ -141,9 +166,17 @@ class InProcess:
         total.update(self._besides)
         return total
 
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        return {}
+
     def count(self, sent: Mapping[tuple[int, int], int]) -> None:
         """Take so many bytes for sent besides, by (source, target); fewer, if they are negative."""
         self._besides.update(sent)
+
+    def post(self, phase: Round, mail: Mail, batch: int) -> None:
+        """See `Transport`."""
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`.
@@ -156,7 +189,7 @@ class InProcess:
 
     def travels_as(self, phase: Round) -> torch.dtype:
         """The type of the numbers of a round on their way."""
-        return self.per_sample if phase.per_sample else self.dtype
+        return phase.travels_as(self.per_sample, self.dtype)
 
     def _delivered(self, phase: Round, mail: Mail) -> Mail:
         """Mail that stays in this process, as it arrives."""
@@ -299,6 +332,13 @@ class PointToPoint(Apart):
         self._far = far
         self.near: Sockets | None = None
         self._routes: dict[tuple[Round, int], _Route] = {}
+        self._posted: _Route | None = None
+        here = {i for i, at in enumerate(host) if at == rank}
+        border = {
+            i for link in self.links for i in link if (link[0] in here) != (link[1] in here)
+        } & here
+        if border != here:  # else nobody would compute meanwhile
+            self.border = frozenset(border)
 
     @property
     def peers(self) -> list[int]:
@@ -306,9 +346,27 @@ class PointToPoint(Apart):
         apart = {(self.host[a], self.host[b]) for a, b in self.links}
         return sorted({p for pair in apart if self.rank in pair for p in pair} - {self.rank})
 
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        wires: list[Wire] = [self._far, *([] if self.near is None else [self.near])]
+        return {peer: seconds for wire in wires for peer, seconds in wire.waited.items()}
+
     def wire(self, peer: int) -> Wire:
         """What leads to a peer."""
         return self._far if self.near is None or peer not in self.near.peers else self.near
+
+    def post(self, phase: Round, mail: Mail, batch: int) -> None:
+        """See `Transport`. Mail that is not what was planned is left for `exchange` to refuse."""
+        route = self._route(phase, phase.columns(batch))
+        if all(
+            (tensor := mail.get(link)) is not None
+            and tensor.shape == shape
+            and tensor.dtype == self.dtype
+            for link, shape in route.shapes.items()
+        ):
+            with self._telling(phase):
+                self._post(route, mail)
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`.
@@ -317,11 +375,30 @@ class PointToPoint(Apart):
             AgreementError: an agent here, or a peer, sends something else than the plan says.
             TransportError: a peer is gone or did not answer in time.
         """
-        columns = phase.columns(batch)
+        route = self._route(phase, phase.columns(batch))
+        self._check(phase, mail, route.planned, phase.columns(batch))
+        with self._telling(phase):
+            if self._posted is None:
+                self._post(route, mail)
+            posted = time.perf_counter()
+            for wire, _, _ in route.wires:
+                wire.wait()
+            self.waited += time.perf_counter() - posted
+        self._posted = None
+        for peer, frame in route.receives.items():
+            if not (frame.begun and frame.ended):
+                raise self._misfit(frame, phase, peer)
+        for narrow, wide in route.widened:
+            wide.copy_(narrow)
+        return self._delivered(phase, {link: mail[link] for link in route.local}) | route.arrivals
+
+    def _route(self, phase: Round, columns: int) -> _Route:
         route = self._routes.get((phase, columns))
         if route is None:
             route = self._routes[phase, columns] = _Route(self, phase, columns)
-        self._check(phase, mail, route.planned, columns)
+        return route
+
+    def _post(self, route: _Route, mail: Mail) -> None:
         self._rounds += 1
         this_time = f"{self.job} {self._rounds}"
         for links, frame in route.sends:
@@ -329,24 +406,20 @@ class PointToPoint(Apart):
             frame.seal(this_time)
         for frame in route.receives.values():
             frame.expect(this_time)
+        for wire, outbound, inbound in route.wires:
+            wire.post(outbound, inbound)
+        self._posted = route
+
+    @contextmanager
+    def _telling(self, phase: Round) -> Iterator[None]:
+        """Name the agents of a peer that is gone."""
         try:
-            for wire, outbound, inbound in route.wires:
-                wire.post(outbound, inbound)
-            posted = time.perf_counter()
-            for wire, _, _ in route.wires:
-                wire.wait()
-            self.waited += time.perf_counter() - posted
+            yield
         except PeerError as error:
             raise TransportError(
                 f"round {phase.name}: the process of agent(s) {self.hosted(error.peer)} did not "
                 f"answer: {error.problem}"
             ) from error
-        for peer, frame in route.receives.items():
-            if not (frame.begun and frame.ended):
-                raise self._misfit(frame, phase, peer)
-        for narrow, wide in route.widened:
-            wide.copy_(narrow)
-        return self._delivered(phase, {link: mail[link] for link in route.local}) | route.arrivals
 
     def _misfit(self, frame: Frame, phase: Round, peer: int) -> AgreementError:
         """What came in a frame is not what was planned."""
@@ -372,6 +445,7 @@ class Staged:
     def __init__(self, inner: PointToPoint, device: torch.device) -> None:
         self.inner, self.device = inner, device
         self.names = inner.names
+        self.border: frozenset[int] = frozenset()
         self._here = {i for i, rank in enumerate(inner.host) if rank == inner.rank}
 
     @property
@@ -383,6 +457,14 @@ class Staged:
     def waited(self) -> float:
         """See `Transport`."""
         return self.inner.waited
+
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        return self.inner.waited_for
+
+    def post(self, phase: Round, mail: Mail, batch: int) -> None:
+        """See `Transport`."""
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         """See `Transport`."""
@@ -398,6 +480,7 @@ class _Route:
 
     Attributes:
         planned, local: as in `Sides`.
+        shapes: of what goes to other processes, by link.
         sends: per peer, the links of what goes there, and the frame in which it does.
         receives: by peer, the frame in which it comes.
         arrivals: the numbers of those frames by link.
@@ -408,6 +491,11 @@ class _Route:
     def __init__(self, transport: PointToPoint, phase: Round, columns: int) -> None:
         sides, dtype = Sides(phase, transport.host, transport.rank), transport.travels_as(phase)
         self.planned, self.local = sides.planned, sides.local
+        self.shapes = {
+            (m.source, m.target): torch.Size((m.rows, columns))
+            for messages in sides.sends.values()
+            for m in messages
+        }
         by_wire: dict[Wire, tuple[dict[int, Frame], dict[int, Frame]]] = {}
         self.sends: list[tuple[list[tuple[int, int]], Frame]] = []
         self.receives: dict[int, Frame] = {}

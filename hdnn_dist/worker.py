@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult, whole
+from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult, counted, whole
 from hdnn_dist.analysis import Sums
 from hdnn_dist.capture import Captured
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
@@ -29,10 +29,12 @@ from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Recorder, Track
 from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
+ALIKE = 0.9  # of the time that the slowest takes, at which another is as slow
 log = logging.getLogger("hdnn_dist")
 
 
@@ -78,6 +80,29 @@ class Times:
     wait: float
     node: str = ""
 
+    def a_step(self) -> list[tuple[float, float, float]]:
+        """Seconds of a step to each agent: to compute, to hand over messages, to wait.
+
+        An agent waits for other processes, and while others in its own compute; what is left of a
+        step is its process's, to hand over messages.
+        """
+        computed = sum(self.compute)
+        send = max(0.0, self.total - computed - self.wait)
+        return [
+            (own / self.steps, send / self.steps, (self.wait + computed - own) / self.steps)
+            for own in self.compute
+        ]
+
+
+def slowest(busy: Sequence[float]) -> list[int]:
+    """Those of some actors for which the others wait, by the seconds in which each was at work.
+
+    Those that take about as long as the one that takes longest; none if that is all of them.
+    """
+    longest = max(busy)
+    slow = [k for k, seconds in enumerate(busy) if seconds >= ALIKE * longest]
+    return slow if len(slow) < len(busy) else []
+
 
 class Worker:
     """Hosts some of a job's agents.
@@ -110,6 +135,7 @@ class Worker:
         self._may_capture = device.type == "cuda" and type(transport) is InProcess
         self._captured: Captured | None = None
         self.step = 0
+        self._recorder: Recorder | None = None  # of what is done when, while it is asked for
         self._faults: list[Fault] = []
         self._forget_times()
 
@@ -144,8 +170,25 @@ class Worker:
         self._wait += self.transport.waited + self.replicas.waited - waited
         return results
 
+    def profile(self, steps: int) -> tuple[list[StepResult], Track]:
+        """As `train`, and what was done when."""
+        transport, replicas = self.transport, self.replicas
+        self._recorder = recorder = Recorder()
+        self.transport, self.replicas = recorder.transport(transport), recorder.replicas(replicas)
+        results: list[StepResult] = []
+        try:
+            for _ in range(steps):
+                recorder.step = self.step + 1
+                results += self.train(1)
+        finally:
+            self.transport, self.replicas, self._recorder = transport, replicas, None
+        names = tuple(agent.name for agent in self.agents.values())
+        return results, Track(names, tuple(recorder.slices))
+
     def _timed(self, i: int, action: Exchange[Result]) -> Exchange[Result]:
         """An agent's action, with the seconds counted in which it is at work."""
+        if self._recorder is not None:
+            action = self._recorder.agent(self.agents[i].name, action)
         inbox: dict[int, Tensor] | None = None
         while True:
             started = time.perf_counter()
@@ -176,7 +219,7 @@ class Worker:
 
     def _differentiate_at_once(self) -> bool:
         """Have a CUDA graph do it, if there is one and it finds nothing that is to be looked at."""
-        if self._may_capture:
+        if self._may_capture and self._recorder is None:
             self._may_capture = False
             assert isinstance(self.transport, InProcess)
             try:
@@ -202,22 +245,22 @@ class Worker:
         if part not in PARTS:
             raise DataError(f"the data set has no part {part!r}", f"use one of {', '.join(PARTS)}")
         samples = self.job.data.samples(part)
-        targets = bool(self.job.data.targets)
-        sums = torch.zeros(3 if targets else 2, dtype=torch.float64)
+        C, targets = counted(self.job.data), bool(self.job.data.targets)
+        sums = torch.zeros((3 if targets else 2) + C**2, dtype=torch.float64)
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.evaluate(part, start, stop, self.step) for i, a in self.agents.items()}
-            for part_sums in self._drive(actions, stop - start, self.job.plan.forward):
-                sums += torch.tensor(part_sums, dtype=sums.dtype)
+            for found in self._drive(actions, stop - start, self.job.plan.forward):
+                sums += found
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
         if not any(agent.finishes for agent in self.agents.values()):
             return None
         self.replicas.add([sums])
-        loss, *rest = (sums / samples).tolist()
-        return (
-            Evaluation(loss, None, samples, *rest)
-            if targets
-            else Evaluation(loss, rest[0], samples)
-        )
+        if targets:
+            loss, squares, variance = (sums / samples).tolist()
+            return Evaluation(loss, None, samples, squares, variance)
+        loss, accuracy = (sums[:2] / samples).tolist()
+        rows = sums[2:].long().view(C, C).tolist()
+        return Evaluation(loss, accuracy, samples, confusion=tuple(map(tuple, rows)))
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray | None:
         """What `Agent.predict` says of "train", "test", or the rows of a .npy file, `(samples, C)`.

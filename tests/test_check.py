@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from hdnn_dist.agent import Agent
-from hdnn_dist.check import Phase, Report, examine, render
+from hdnn_dist.check import Crossing, Phase, Report, Stragglers, examine, render
 from hdnn_dist.cost import Calibration
 from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job
@@ -244,7 +245,39 @@ def test_placement_on_nodes() -> None:
     assert [actor.node for actor in found.actors] == ["camera", None]
     [warning] = found.warnings
     assert "1 of 2 actors find no place; the first, of b, asks for" in warning
-    assert "1 CPU, 1 camera, the label site=north" in warning
+    assert "1 CPU, 1 camera, the label site=north; camera: 0 CPU of 1 left" in warning
+    assert "here: no label site, no camera" in warning
+
+
+def test_edges_that_cross_machines_are_told() -> None:
+    """Three agents on a line, the last on another machine; b and c talk from one to the other."""
+    topology = line("ab", labels={"site": "north"})
+    topology["agents"].append({"name": "c", "labels": {"site": "south"}})
+    topology["edges"].append(["b", "c"])
+    nodes = [Node(site, {"CPU": 2.0}, {"site": site}) for site in ("north", "south")]
+    found = report(*nodes, topology=topology, model={"layers": 2}, training={"batch_size": 32})
+    assert [actor.node for actor in found.actors] == ["north", "north", "south"]
+    # As many bytes as in the example above.
+    assert found.crossings == (
+        Crossing("north", "south", (("b", "c"),), 5376),
+        Crossing("south", "north", (("c", "b"),), 5376),
+    )
+    text = shown(found)
+    assert re.search(r"south +north +1 +c → b +5.38 kB", text)
+    together = report(topology=line("abc"))
+    assert together.crossings == ()
+    assert "all of it on one node" in shown(together)
+
+
+def test_copies_cross_machines_with_their_own_share() -> None:
+    """Each copy of a and b has one machine to itself, or both are torn apart."""
+    nodes = [Node("x", {"CPU": 2.0}, {}), Node("y", {"CPU": 2.0}, {})]
+    sections = {"topology": line("ab"), "training": {"batch_size": 31}}
+    packed = report(*nodes, **sections, cluster={"replicas": 2})
+    assert packed.crossings == ()
+    spread = report(*nodes, **sections, cluster={"replicas": 2, "placement": "spread"})
+    assert {(c.source, c.target) for c in spread.crossings} == {("x", "y"), ("y", "x")}
+    assert sum(c.bytes for c in spread.crossings) == sum(link.bytes for link in spread.traffic)
 
 
 def test_actors_that_will_have_no_gpu_are_warned_of() -> None:
@@ -326,3 +359,32 @@ def test_a_packing_is_suggested_where_it_is_faster(latency: float, best: int) ->
     assert (now.agents_per_actor, now.actors) == (2, 2)
     assert [t.actors for t in others] == sorted((1, 2, 4), reverse=best == 4)
     assert f"suggestion: --set cluster.agents_per_actor={4 // best}" in shown(found)
+
+
+STEPS = Calibration(
+    *("h", "d", "t", 4),
+    **{"step": 1e-3, "half_step": 0.0, "message": 0.0, "number": 0.0, "keep": 0.0},
+    **{"small": 1e300, "large": 1e300, "latency": 1e-3, "send": 0.0, "bandwidth": 1e300},
+)
+
+
+def test_the_actors_for_which_the_others_wait_are_named() -> None:
+    topology = line("abcd")
+    topology["agents"][1]["speed"] = topology["agents"][2]["speed"] = 0.25
+    job = Job.of(spec_from_dict({"topology": topology}))
+    found = examine(job, (Node("large", {"CPU": 8.0}, {}),), STEPS)
+    assert found.stragglers == Stragglers((1, 2), ("b", "c"), 4e-3, 1e-3)
+    assert "the others wait for actors 1, 2 (b, c): computing takes them 4 ms" in shown(found)
+    alike = examine(Job.of(spec_from_dict({"topology": line("abcd")})), (HERE,), STEPS)
+    assert alike.stragglers is None
+    assert "the others wait" not in shown(alike)
+    one_core = examine(job, (Node("small", {"CPU": 1.0}, {}),), STEPS)
+    assert one_core.stragglers is None, "all wait for the core, whoever is slow"
+
+
+def test_predictions_are_of_the_actors_of_all_copies() -> None:
+    sections = {"topology": line("abcd"), "cluster": {"replicas": 2}}
+    found = examine(Job.of(spec_from_dict(sections)), (Node("large", {"CPU": 8.0}, {}),), STEPS)
+    assert found.timings[0].actors == len(found.actors) == 8
+    assert found.timings[0].cost.arithmetic == 1e-3
+    assert {timing.actors for timing in found.timings[1:]} == {2, 4, 8}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,17 +197,19 @@ def test_packing_and_wires_do_not_change_the_numbers(
 @pytest.mark.parametrize(
     ("gpu", "device", "gpus", "direct"),
     [
-        (1, "auto", ["x", "y"], True),
-        (0.5, "auto", ["x", "x"], False),  # they share one
-        (1, "auto", ["x", None], False),  # this torch cannot use the other
-        (1, "cpu", ["x", "y"], False),
-        (0, "auto", ["x", "y"], False),
+        ((1, 1), "auto", ["x", "y"], True),
+        ((0.5, 0.5), "auto", ["x", "x"], False),  # they share one
+        ((1, 1), "auto", ["x", None], False),  # this torch cannot use the other
+        ((1, 1), "cpu", ["x", "y"], False),
+        ((0, 0), "auto", ["x", "y"], False),
+        ((1, 0), "auto", ["x", "y"], False),  # one computes on the CPU, whatever its machine has
+        ((1, 0), "auto", ["x", None], False),
     ],
 )
 def test_nccl_is_for_actors_that_have_a_gpu_each(
-    gpu: float, device: str, gpus: list[str | None], direct: bool
+    gpu: tuple[float, float], device: str, gpus: list[str | None], direct: bool
 ) -> None:
-    agents = f"topology.agents=[{{name: a, gpu: {gpu}}}, {{name: b, gpu: {gpu}}}]"
+    agents = f"topology.agents=[{{name: a, gpu: {gpu[0]}}}, {{name: b, gpu: {gpu[1]}}}]"
     job = Job.load(None, [agents, "topology.edges=[[a, b]]", f"cluster.device={device}"])
     runner = object.__new__(RayRunner)
     runner.job, runner.packing = job, ((0,), (1,))
@@ -379,33 +382,59 @@ def test_the_data_plane_listens_on_the_nodes_interface_alone() -> None:
     assert {ip for there in new for ip, _ in there} == {ray.util.get_node_ip_address()}
 
 
-def test_what_the_cluster_lacks_is_named() -> None:
-    job = Job.load(
-        None,
+def hdnn_dist_train(
+    run: Path, settings: list[str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """On a Ray of its own."""
+    return subprocess.run(
         [
-            *TINY,
-            "topology.agents=[{name: a, resources: {camera: 2}}]",
-            "topology.edges=[]",
-            "cluster.timeout=1",
-        ],
-    )
-    with pytest.raises(PlacementError, match="2 camera asked for, 0 there"):
-        RayRunner(job)
-
-
-def test_a_torch_without_gloos_tls_says_so(tmp_path: Path) -> None:
-    settings = [*TINY, "topology.agents=2", "topology.edges=[[a1, a2]]"]
-    run = ["train", "--run", str(tmp_path / "run")]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "hdnn_dist", *run),
+            *(sys.executable, "-m", "hdnn_dist", "train", "--run", str(run)),
             *(word for setting in settings for word in ("--set", setting)),
         ],
-        env={**os.environ, "GLOO_DEVICE_TRANSPORT": "TCP_TLS", "RAY_AUTH_MODE": "token"},
+        env={**os.environ, "RAY_AUTH_MODE": "token", **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_what_the_cluster_lacks_is_named_at_once_and_not_waited_for_for_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    agents = "topology.agents=[{name: a, resources: {camera: 2}, labels: {site: b}}]"
+    job = Job.load(None, [*TINY, agents, "topology.edges=[]", "cluster.timeout=1"])
+    lacking = r"1 of 1 actors find no place; the first, of a, asks for 1 CPU, 2 camera, the label "
+    lacking += r"site=b; \S+ \(\w{8}\): no label site, no camera"
+    with pytest.raises(PlacementError, match=rf"not hold 1 actors within 1 s: {lacking}; give"):
+        RayRunner(job)
+    [record] = caplog.records
+    assert re.fullmatch(f"{lacking}; waiting 1 s for machines", record.getMessage())
+
+
+def test_what_others_hold_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    job = Job.load(None, [*TINY, "topology.agents=1", "topology.edges=[]", "cluster.timeout=1"])
+    other = actor_class(AgentActor).options(num_cpus=2).remote()
+    ray.get(other.alive.remote())
+    with pytest.raises(PlacementError, match=r"held by other jobs .*; free: 0 of 2 CPU"):
+        RayRunner(job)
+    ray.kill(other)
+    assert not caplog.records
+
+
+def test_on_this_machine_alone_a_job_that_does_not_fit_ends_without_waiting(tmp_path: Path) -> None:
+    agents = "topology.agents=[{name: a, labels: {site: b}}]"
+    settings = [*TINY, agents, "topology.edges=[]", "cluster.timeout=1000"]
+    done = hdnn_dist_train(tmp_path / "run", settings)
+    assert done.returncode == 2, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "asks for 1 CPU, the label site=b; " in said
+    assert "no label site; give the job" in said
+    assert "waiting" not in said
+
+
+def test_a_torch_without_gloos_tls_says_so(tmp_path: Path) -> None:
+    settings = [*TINY, "topology.agents=2", "topology.edges=[[a1, a2]]"]
+    done = hdnn_dist_train(tmp_path / "run", settings, GLOO_DEVICE_TRANSPORT="TCP_TLS")
     assert done.returncode == 2, done.stderr
     said = " ".join(done.stderr.split())
     assert "is built without that transport; unset GLOO_DEVICE_TRANSPORT and" in said

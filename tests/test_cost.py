@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from hdnn_dist.cost import LARGE, SMALL, Calibration, predict, read_calibration, work_of
+from hdnn_dist.cost import LARGE, SMALL, Calibration, Cost, predict, read_calibration, work_of
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
@@ -36,7 +36,7 @@ def ring(**sections: object) -> Job:
     """Four agents of d = 2, one layer; 5 samples a step."""
     edges = [["a", "b"], ["b", "c"], ["c", "d"], ["d", "a"]]
     training = {"batch_size": 5} | sections.pop("training", {})  # type: ignore[operator]
-    topology = {"d": 2, "edges": edges}
+    topology = sections.pop("topology", {"d": 2, "edges": edges})
     model = {"layers": 1, "readout": {"root": "a"}}
     return Job.of(
         spec_from_dict({"topology": topology, "model": model, "training": training, **sections})
@@ -123,3 +123,36 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, content: str, complai
     with pytest.raises(UserError, match=complaint) as refusal:
         read_calibration(file)
     assert "hdnn-dist calibrate" in str(refusal.value)
+
+
+def test_messages_in_fewer_bits_cost_fewer_bytes_but_for_the_norm() -> None:
+    clip = {"clip_norm": 1.0}
+    here = replace(NOTHING, bandwidth=1.0)
+    full = predict(ring(training=clip), APART, here, 4).transfer
+    half = predict(ring(training={**clip, "messages": "bf16"}), APART, here, 4).transfer
+    # The norm goes up two levels and down: 4 bytes in and out, of two agents at the upper one.
+    norm = 2 * (4 + 2 * 4)
+    assert full - norm == 2 * (half - norm)
+
+
+def test_copies_share_the_batch_and_the_cores_and_sum_their_gradients() -> None:
+    one, two = ring(), ring(cluster={"replicas": 2})  # of 5 samples, 3 and 2
+
+    def cost(job: Job, cores: int = 8, **constants: float) -> Cost:
+        return predict(job, APART, replace(NOTHING, **constants), cores)
+
+    assert cost(two, step=1.0).arithmetic == cost(one, step=1.0).arithmetic == 1
+    assert cost(two, cores=4, step=1.0).arithmetic == 2
+    assert cost(two, latency=1.0).latency == cost(one, latency=1.0).latency + 2
+    count = max(two.architecture.count(i, zeros=True) for i in range(4))
+    rounds, ring_of_two = 3 / 5 * cost(one, bandwidth=1.0).transfer, 2 * count * 4
+    assert cost(two, bandwidth=1.0).transfer == pytest.approx(rounds + ring_of_two)
+
+
+def test_an_agent_on_a_machine_a_quarter_as_fast_computes_four_times_as_long() -> None:
+    agents = [{"name": name, "d": 2, "speed": 0.25 if name == "b" else 1.0} for name in "abcd"]
+    edges = [["a", "b"], ["b", "c"], ["c", "d"], ["d", "a"]]
+    job = ring(topology={"agents": agents, "edges": edges})
+    found = predict(job, APART, replace(NOTHING, step=1.0), 4)
+    assert found.busy == (1, 4, 1, 1)
+    assert found.arithmetic == 4

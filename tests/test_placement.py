@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdnn_dist.placement import Demand, Node, Packing, assign, demands, hosts, pack
+from hdnn_dist.placement import (
+    Demand,
+    Node,
+    Packing,
+    assign,
+    called,
+    demands,
+    hosts,
+    pack,
+    shortage,
+)
 from hdnn_dist.spec import AgentSpec, ClusterSpec
 from hdnn_dist.topology import Topology
 
@@ -22,6 +32,10 @@ def plain(M: int) -> Topology:
 
 def graph(name: str, d: int = 4, **arguments: object) -> Topology:
     return Topology.from_graph(getattr(nx, name)(**arguments), d)
+
+
+def machine(cores: float, name: str = "n", **more: float) -> Node:
+    return Node(name, {"CPU": cores, **more}, {})
 
 
 def cut(topology: Topology, packing: Packing) -> int:
@@ -105,10 +119,23 @@ def test_agents_with_other_labels_do_not_share_an_actor() -> None:
     assert packing == ((0, 1, 2), (3, 4))
     scattered = [agents[k] for k in (0, 3, 1, 4, 2)]
     assert pack(topology(*scattered), ClusterSpec(agents_per_actor=4), 1) == ((0, 2, 4), (1, 3))
-    assert [d.labels for d in demands(topology(*agents), packing, 4)] == [
+    assert [d.labels for d in demands(topology(*agents), packing, [machine(4)])] == [
         {"site": "x"},
         {"site": "y"},
     ]
+
+
+@pytest.mark.parametrize("others", [{"speed": 0.5}, {"gpu": 0.5}])
+def test_agents_on_other_machines_do_not_share_an_actor(others: dict[str, float]) -> None:
+    agents = [AgentSpec(name=f"a{i}", d=1, **(others if i < 3 else {})) for i in range(5)]
+    packing = pack(topology(*agents), ClusterSpec(agents_per_actor="auto"), cores=2)
+    assert packing == ((0, 1, 2), (3, 4))
+
+
+def test_an_actor_is_called_after_its_first_agents() -> None:
+    assert called(["a1"]) == "a1"
+    assert called(["a1", "a2", "a3"]) == "a1, a2, a3"
+    assert called([f"a{k}" for k in range(1, 9)]) == "a1, a2, a3 and 5 more"
 
 
 def test_what_is_asked_for_is_the_sum_over_the_agents() -> None:
@@ -117,7 +144,7 @@ def test_what_is_asked_for_is_the_sum_over_the_agents() -> None:
         AgentSpec(name="b", d=1, gpu=0.5, resources={"camera": 1.0}),
         AgentSpec(name="c", d=1),
     )
-    first, second = demands(agents, ((0, 1), (2,)), cores=2.5)
+    first, second = demands(agents, ((0, 1), (2,)), [machine(2.5)])
     assert first.resources == {"CPU": 2.0, "GPU": 0.5, "camera": 2.0}
     assert second.resources == {"CPU": 0.5}  # 1.5 of 2.5 are named: two share the last whole one
 
@@ -128,8 +155,43 @@ def test_unnamed_shares_fit_on_machines_of_any_size(
 ) -> None:
     cluster = ClusterSpec(agents_per_actor=per_actor)
     packing = pack(plain(M), cluster, sum(machines))
-    nodes = [Node(f"n{k}", {"CPU": float(cores)}, {}) for k, cores in enumerate(machines)]
-    assert None not in assign(demands(plain(M), packing, sum(machines)), nodes)
+    nodes = [machine(cores, f"n{k}") for k, cores in enumerate(machines)]
+    assert None not in assign(demands(plain(M), packing, nodes), nodes)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=5),
+)
+def test_agents_pinned_to_a_site_share_its_cores(
+    sites: list[int], machines: list[tuple[int, int]]
+) -> None:
+    """Site 0 is anywhere; nobody names cores, so that whoever has its site finds room there."""
+    nodes = [
+        Node(f"n{k}", {"CPU": float(cores)}, {"site": str(site)})
+        for k, (cores, site) in enumerate(machines)
+    ]
+    there = topology(
+        *(
+            AgentSpec(name=f"a{i}", d=1, labels={"site": str(site)} if site else {})
+            for i, site in enumerate(sites)
+        )
+    )
+    wanted = demands(there, pack(there, ClusterSpec(), 1), nodes)
+    for site, place in zip(sites, assign(wanted, nodes), strict=True):
+        exists = not site or str(site) in {node.labels["site"] for node in nodes}
+        assert (place is not None) == exists
+        if site and place is not None:
+            assert nodes[place].labels == {"site": str(site)}
+
+
+def test_a_machine_that_few_can_use_does_not_make_the_others_small() -> None:
+    agents = [AgentSpec(name=f"a{i}", d=1, resources={"camera": 1}) for i in range(4)]
+    there = topology(*agents, AgentSpec(name="b", d=1))
+    nodes = [machine(1, "seeing", camera=4), machine(4, "blind")]
+    wanted = demands(there, tuple((i,) for i in range(5)), nodes)
+    assert [demand.resources["CPU"] for demand in wanted] == [0.25] * 4 + [1]
+    assert assign(wanted, nodes) == (0, 0, 0, 0, 1)
 
 
 def test_a_forecast_goes_by_resources_and_labels() -> None:
@@ -141,3 +203,29 @@ def test_a_forecast_goes_by_resources_and_labels() -> None:
         Demand({"CPU": 0.5}, {"site": "c"}),
     )
     assert assign(wanted, nodes) == (1, 0, 1, None)
+
+
+def test_who_fits_on_few_nodes_is_placed_first_and_the_others_beside_or_apart() -> None:
+    nodes = [machine(2, "x", camera=1), machine(2, "y")]
+    wanted = [Demand({"CPU": 1.0}, {}), Demand({"CPU": 2.0, "camera": 1.0}, {})]
+    assert assign(wanted, nodes) == (1, 0)
+    plain = [Demand({"CPU": 0.5}, {})] * 4
+    assert assign(plain, nodes) == (0, 0, 0, 0)
+    assert assign(plain, nodes, spread=True) == (0, 1, 0, 1)
+
+
+def test_what_is_missing_is_told_of_each_node() -> None:
+    nodes = [
+        Node("x", {"CPU": 2.0, "camera": 1.0}, {"site": "north"}),
+        Node("y", {"CPU": 2.0}, {"site": "south"}),
+        *(Node(f"z{k}", {"CPU": 1.0}, {}) for k in range(9)),
+    ]
+    wanted = [Demand({"CPU": 1.0, "camera": 1.0}, {"site": "north"})] * 2
+    assert shortage(wanted[:1], ["a"], nodes) == ""
+    assert shortage(wanted, ["a", "b"], nodes) == (
+        "1 of 2 actors find no place; the first, of b, asks for 1 CPU, 1 camera, the label "
+        "site=north; x: 0 camera of 1 left; y: its site is south, "
+        "no camera; z0, z1, z2, z3, z4 and 4 more: no label site, no camera"
+    )
+    blind = [Node("head", {}, {})]
+    assert shortage(wanted, ["a", "b"], blind) == "there is no machine with a core"

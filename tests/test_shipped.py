@@ -23,6 +23,7 @@ NEEDED = {
     "two-clusters",
     "directed-ring",
     "unequal",
+    "fast-hub",
 }
 
 

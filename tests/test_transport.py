@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
+from hdnn_dist.agent import CPU
 from hdnn_dist.errors import AgreementError
 from hdnn_dist.exchange import Message, Round
+from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
+from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.sparsity import BlockPattern
+from hdnn_dist.trainer import LocalRunner
 from hdnn_dist.transport import InProcess, Mail, PointToPoint, Staged, _Route, drive
-from hdnn_dist.wires import SPARE, STAMP, Gloo, Sockets, connect
+from hdnn_dist.wires import SPARE, STAMP, Frame, Gloo, Sockets, connect
+from hdnn_dist.worker import Worker
 
 phase = Round("states", (Message(0, 1, 2),))
 links = BlockPattern.of(3, [(0, 0), (1, 0), (1, 1), (2, 2)])  # 1 may hear from 0, not 0 from 1
@@ -141,6 +146,31 @@ def test_agents_are_resumed_in_their_own_rounds_alone() -> None:
     assert seen == ["2 to 1", 1, 2, "1 to 0", 0, 1]
 
 
+def test_what_leaves_the_process_is_on_its_way_before_the_others_compute() -> None:
+    """Ann and ben are here; ben sends to eve, who is elsewhere."""
+    seen: list[str] = []
+
+    class Recorder(Gloo):
+        def post(self, outbound: Mapping[int, Frame], inbound: Mapping[int, Frame]) -> None:
+            seen.extend(f"to {rank}: {frame.numbers.tolist()}" for rank, frame in outbound.items())
+
+        def wait(self) -> None:
+            seen.append("waits")
+
+    def agent(i: int, message: Tensor) -> Exchange[None]:
+        for k in range(2):
+            seen.append(NAMES[i])
+            yield both, {i + 1: message + k}
+
+    both = Round("states", (Message(0, 1, 1), Message(1, 2, 1)))
+    pattern = BlockPattern.of(3, [(1, 0), (2, 1)])
+    common = pattern, NAMES, torch.float32, torch.float32, (0, 0, 1), "job", 0
+    agents = {i: agent(i, torch.full((1, 1), 10.0 * i)) for i in (0, 1)}
+    drive(agents, PointToPoint(*common, Recorder()), 1, [both, both])
+    first, second = (["ben", f"to 1: [[{x}]]", "ann", "waits"] for x in (10.0, 11.0))
+    assert seen == first + second
+
+
 def test_what_leaves_the_process_goes_by_host_memory() -> None:
     """On a device that is made up: nothing is computed, but where tensors lie is known."""
     seen: dict[tuple[int, int], str] = {}
@@ -161,6 +191,52 @@ def test_what_leaves_the_process_goes_by_host_memory() -> None:
     assert seen == {(0, 1): "cpu", (0, 2): "cuda"}
     assert {tensor.device for tensor in arrived.values()} == {device}
     assert arrived[0, 2] is there[0, 2]
+
+
+# --- agents on devices and agents without, in one group ------------------------------------------
+
+
+def mixed(rank: int, folder: Path) -> None:
+    """Train the agents of a rank; those of rank 1 are on a device, which the CPU stands in for."""
+    torch.set_num_threads(1)
+    group(rank, dist.FileStore(str(folder / "meeting"), 3))
+    job, host = mixed_job(), (0, 1, 2, 0, 1, 2)
+    common = job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
+    wired = PointToPoint(*common, host, job.digest, rank, Gloo())
+    agents = [i for i, own in enumerate(host) if own == rank]
+    on_device = rank == 1
+    worker = Worker(job, agents, Staged(wired, CPU) if on_device else wired)
+    results = worker.train(3)
+    states = {agent.name: agent.state() for agent in worker.agents.values()}
+    torch.save(([r.loss for r in results], states, dict(wired.sent)), folder / f"{rank}.pt")
+    dist.barrier()
+
+
+def mixed_job() -> Job:
+    agents = [{"name": f"a{i}", "d": 2, "gpu": float(i in (1, 4))} for i in range(6)]
+    edges = {"generator": "cycle_graph", "args": {"n": 6}}
+    training = {"messages": "bf16", "batch_size": 16, "clip_norm": 0.5}
+    topology = {"agents": agents, "edges": edges}
+    sections = {"topology": topology, "model": {"layers": 2}, "training": training}
+    return Job.of(spec_from_dict(sections))
+
+
+def test_agents_with_a_gpu_and_agents_without_train_as_one_process_does(tmp_path: Path) -> None:
+    spawn(mixed, (tmp_path,), nprocs=3)
+    job = mixed_job()
+    alone = LocalRunner(job)
+    losses = [result.loss for result in alone.train(3)]
+    sent: dict[tuple[int, int], int] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    for rank in range(3):
+        theirs, own, counted = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert theirs in (losses, [])
+        states |= own
+        sent |= counted
+    assert sent == alone.sent()
+    for agent in alone.worker.agents.values():
+        for key, value in agent.state().items():
+            assert torch.equal(states[agent.name][key], value), f"{agent.name}: {key}"
 
 
 # --- between processes: ann, ben and eve have one each, and ben keeps to the plan -----------------

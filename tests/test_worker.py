@@ -23,7 +23,7 @@ from hdnn_dist.replicas import Replicas
 from hdnn_dist.tables import read_targets
 from hdnn_dist.testing import assert_close, assert_matches_dense
 from hdnn_dist.trainer import LocalRunner
-from hdnn_dist.worker import Worker, device_of
+from hdnn_dist.worker import Worker, device_of, slowest
 from tests.strategies import in_process, jobs, numbers
 
 Result = TypeVar("Result")
@@ -242,3 +242,11 @@ def test_the_time_of_training_steps_is_told_agent_by_agent(monkeypatch: pytest.M
     assert times.compute == (3.0, 15.0, 3.0)
     assert times.total == 21.0
     assert worker.times().steps == worker.times().total == 0
+
+
+@pytest.mark.parametrize(
+    ("busy", "slow"),
+    [([1, 4, 1, 1], [1]), ([4, 3.7, 1], [0, 1]), ([4, 4, 3.9], []), ([4], []), ([0, 0], [])],
+)
+def test_the_others_wait_for_who_takes_longest(busy: list[float], slow: list[int]) -> None:
+    assert slowest(busy) == slow
