@@ -88,6 +88,15 @@ Address = Annotated[
 ]
 Local = Annotated[bool, typer.Option("--local", help="All agents in this process, without Ray.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Profile = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=1000,
+        metavar="STEPS",
+        help="Write RUN/trace.json, which tells for so many steps who did what when.",
+    ),
+]
 
 
 class Track(StrEnum):
@@ -207,15 +216,7 @@ def train(
     track: Annotated[
         list[Track] | None, typer.Option(help="Tell it to a tracker as well. Repeats.")
     ] = None,
-    profile: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=1000,
-            metavar="STEPS",
-            help="Write RUN/trace.json, which tells for so many steps who did what when.",
-        ),
-    ] = 0,
+    profile: Profile = 0,
 ) -> None:
     """Train a job, or continue a run."""
     _refuse_both(address, local)
@@ -318,6 +319,7 @@ def submit(
         str | None, typer.Option(metavar="RUN", help="Continue this run instead.")
     ] = None,
     address: JobServer = JOB_SERVER,
+    profile: Profile = 0,
     follow: Annotated[bool, typer.Option(help="Show what it prints until it ends.")] = True,
 ) -> None:
     """Train a job, or continue a run, on a cluster elsewhere; package and spec are sent there."""
@@ -329,9 +331,9 @@ def submit(
         elsewhere(data_dir, "--data-dir")
     changes = _overrides(overrides, data_dir)
     if resume is None:
-        resolved, entry = _load(spec, changes).spec, command(where)
+        resolved, entry = _load(spec, changes).spec, command(where, profile=profile)
     else:
-        resolved, entry = None, command(where, changes, resume=True)
+        resolved, entry = None, command(where, changes, resume=True, profile=profile)
     _tidy_up_from_here()
     jobs = Jobs(address)
     id = jobs.submit(entry, resolved)
