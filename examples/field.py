@@ -51,9 +51,9 @@ def field(at: np.ndarray, samples: int, seed: int = 1) -> tuple[np.ndarray, np.n
 
 
 def jobs(
-    folder: Path, sensors: int = 16, samples: int = 5000, epochs: int = 20, d: int = 8
-) -> tuple[hdnn_dist.Job, hdnn_dist.Job, float]:
-    """The job on the graph, the same without a link, and the test RMSE of persistence."""
+    folder: Path, sensors: int = 16, samples: int = 5000, epochs: int = 20
+) -> tuple[list[hdnn_dist.Job], float]:
+    """On the graph; without a link; likewise, with as many weights; the RMSE of persistence."""
     graph = network(sensors)
     x, y = field(np.array([graph.nodes[name]["pos"] for name in graph]), samples)
     columns = {name: [f"{name} at {k}" for k in range(READINGS)] for name in graph}
@@ -78,12 +78,12 @@ def jobs(
         },
     }
     alone = nx.create_empty_copy(graph)
-    with_links, without = (
+    kinds = (("neighbours", graph, 8), ("alone", alone, 8), ("alone-wide", alone, 18))
+    made = [
         hdnn_dist.Job.load(spec | {"topology": hdnn_dist.Topology.from_graph(g, d=d, name=name)})
-        for g, name in ((graph, "field"), (alone, "field-alone"))
-    )
-    persistence = float(np.sqrt(np.mean((x[cut:, :, -1] - y[cut:]) ** 2)))
-    return with_links, without, persistence
+        for name, g, d in kinds
+    ]
+    return made, float(np.sqrt(np.mean((x[cut:, :, -1] - y[cut:]) ** 2)))
 
 
 if __name__ == "__main__":
@@ -91,11 +91,13 @@ if __name__ == "__main__":
     options.add_argument("--folder", type=Path, default=Path("field"), help="of the table")
     options.add_argument("--ray", action="store_true", help="an actor a sensor")
     given = options.parse_args()
-    *both, persistence = jobs(given.folder)
+    all_jobs, persistence = jobs(given.folder)
     print(f"persistence: test RMSE {persistence:.4f}")
-    for job, what in zip(both, ("neighbours talk", "each alone"), strict=True):
+    for job in all_jobs:
         done = hdnn_dist.train(job, local=not given.ray)
         print(
-            f"{what}: test RMSE {done.test_rmse:.4f}, R² {done.test_r2:.3f}, "
-            f"{done.bytes_per_step} bytes a step, {done.seconds:.0f} s; run: {done.run}"
+            f"{job.topology.name}: test RMSE {done.test_rmse:.4f}, R² {done.test_r2:.3f}, "
+            f"{done.parameters} parameters, {done.bytes_per_step} bytes a step, "
+            f"{done.seconds:.0f} s; run: {done.run}",
+            flush=True,
         )

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -27,9 +28,11 @@ from hdnn_dist.checkpoint import (
     latest_checkpoint,
     load_agent,
 )
+from hdnn_dist.console import LogView
 from hdnn_dist.data import ensure_available
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
+from hdnn_dist.logs import configure
 from hdnn_dist.metrics import JsonLines
 from hdnn_dist.model import HDNN
 from hdnn_dist.run import (
@@ -74,6 +77,7 @@ def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runn
         raise UserError(
             "a local run joins no cluster, but an address is given too", "leave one of them out"
         )
+    configure(job.spec.cluster.logs, node=platform.node())
     ensure_available(job.spec.data, progress=sys.stderr.isatty())
     if local:
         needed = 4 * job.parameters * job.dtype.itemsize  # weights, gradients, optimiser
@@ -96,6 +100,7 @@ def fit(
     *,
     tensorboard: bool = True,
     stop: Event | None = None,
+    profile: int = 0,
 ) -> Summary:
     """Train launched agents to the end of their job, from the run's latest checkpoint if any.
 
@@ -106,6 +111,7 @@ def fit(
         tensorboard: whether to write TensorBoard events, numbers alone, into a local run directory;
             not if a `TensorBoard` is among the listeners.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
+        profile: steps of which `trace.json` tells who did what when (see `Trainer`).
     """
     run = place(run)
     if not isinstance(runner, LocalRunner):
@@ -119,10 +125,12 @@ def fit(
         writers.append(TensorBoard(run))
     elif tensorboard:
         log.warning("TensorBoard events go to local run directories alone: %s has none", run)
+    if runner.job.spec.cluster.logs == "json":
+        writers.append(LogView())
     with ExitStack() as stack:
         for listener in (*listeners, *writers):
             stack.callback(listener.close)
-        return Trainer(runner, run, (*listeners, *writers), stop).fit()
+        return Trainer(runner, run, (*listeners, *writers), stop, profile).fit()
 
 
 def train(

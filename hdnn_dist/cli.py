@@ -207,6 +207,15 @@ def train(
     track: Annotated[
         list[Track] | None, typer.Option(help="Tell it to a tracker as well. Repeats.")
     ] = None,
+    profile: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            metavar="STEPS",
+            help="Write RUN/trace.json, which tells for so many steps who did what when.",
+        ),
+    ] = 0,
 ) -> None:
     """Train a job, or continue a run."""
     _refuse_both(address, local)
@@ -219,6 +228,7 @@ def train(
     from hdnn_dist.console import view
     from hdnn_dist.run import check_is_shared, create, finished, reopen, vacant
     from hdnn_dist.storage import place
+    from hdnn_dist.trainer import TRACE
 
     # Before a cluster is started for it.
     folder = vacant(job, run) if resume is None else place(resume)
@@ -244,7 +254,14 @@ def train(
         hint = f"continue with: hdnn-dist train --resume {folder}{options}"
         try:
             with _interrupt_sets(threading.Event()) as stop:
-                summary = fit(runner, folder, told, tensorboard=tensorboard, stop=stop)
+                summary = fit(
+                    runner,
+                    folder,
+                    told,
+                    tensorboard=tensorboard,
+                    stop=stop,
+                    profile=profile,
+                )
         except KeyboardInterrupt:
             print(f"interrupted; {hint}", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -255,6 +272,8 @@ def train(
             print(hint, file=sys.stderr)
             raise typer.Exit(code) from None
     _print_summary(summary)
+    if profile:
+        print(f"trace: {folder / TRACE}, for https://ui.perfetto.dev or chrome://tracing")
 
 
 def _trackers(folder: Place, wanted: Sequence[Track], ui: bool) -> Iterator[Listener]:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ from hdnn_dist.placement import (
     shortage,
 )
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Track, clock_ahead
 from hdnn_dist.worker import PARTS, Times
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
@@ -295,9 +296,26 @@ class RayRunner:
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
         started = time.perf_counter()
         answers = self._all("train", steps)[: len(self.packing)]  # the same in all copies
-        results = [whole(parts) for parts in zip(*filter(None, answers), strict=True)]
+        results = _together(answers)
         self._gauges.trained(results, time.perf_counter() - started)
         return results
+
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:  # noqa: D102
+        answers = self._all("profile", steps)
+        results = _together([own for own, _ in answers[: len(self.packing)]])
+        clocks = {  # a node has one for all its actors
+            node: clock_ahead(partial(self._clock, self._nodes.index(node)))
+            for node in dict.fromkeys(self._nodes)
+        }
+        return results, [
+            replace(track, node=node, ahead=clocks[node][0], error=clocks[node][1])
+            for (_, track), node in zip(answers, self._nodes, strict=True)
+        ]
+
+    def _clock(self, rank: int) -> tuple[str, float]:
+        [told] = self._ask([(rank, "clock", ())])
+        machine, now = told
+        return str(machine), float(now)
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return [fault for faults in self._all("faults") for fault in faults]
@@ -519,6 +537,11 @@ def _in_short(error: RayError) -> str:
     said = re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()
     lines = [line.strip().partition(" Some common causes")[0] for line in said if line.strip()]
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+
+
+def _together(answers: Sequence[Sequence[StepResult]]) -> list[StepResult]:
+    """Step by step, what actors with a part of the outputs know of it; the others say nothing."""
+    return [whole(parts) for parts in zip(*filter(None, answers), strict=True)]
 
 
 def _held(wanted: Sequence[Demand]) -> str:

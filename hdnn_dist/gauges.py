@@ -16,9 +16,9 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.placement import called
 
 EVERY = 5.0  # seconds between two records of an actor, which has a figure for each of its edges
-NAMED = 3  # agents by which an actor is called
 Kind = TypeVar("Kind", Counter, Gauge)
 
 
@@ -72,12 +72,6 @@ METRICS = (
     *(LOSS, *SCORES.values(), TEST_LOSS, *TEST_SCORES.values()),
     *(STEP, STEP_SECONDS, RESTARTS, SENT, WAITED),
 )
-
-
-def called(agents: Sequence[str]) -> str:
-    """What an actor is called after its agents."""
-    more = len(agents) - NAMED
-    return ", ".join(agents[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _tagged(kind: type[Kind], metric: Metric, topology: str) -> Kind:

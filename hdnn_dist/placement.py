@@ -17,6 +17,7 @@ from hdnn_dist.topology import Topology
 
 Packing = tuple[tuple[int, ...], ...]
 HAIR = 1e-4  # of a core: the least that Ray counts, for actors that ask for nothing in particular
+NAMED = 3  # agents by which an actor is called
 SMALL = 4096  # entries of an agent's K in a layer whose products take as long as to begin them
 
 
@@ -99,6 +100,12 @@ def _whole(weights: Sequence[int]) -> list[int]:
     return [max(1, round(1000 * weight / most)) for weight in weights]
 
 
+def called(agents: Sequence[str]) -> str:
+    """What an actor is called after its agents."""
+    more = len(agents) - NAMED
+    return ", ".join(agents[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def hosts(packing: Packing) -> tuple[int, ...]:
     """Per agent, the rank of its actor."""
     rank = {i: k for k, agents in enumerate(packing) for i in agents}
@@ -123,7 +130,7 @@ class Node:
 
     def could_hold(self, demand: Demand) -> bool:
         """Whether it could hold such an actor, if it had nothing else to hold."""
-        return not _lacking(demand, self, self.resources)
+        return demand.labels.items() <= self.labels.items() and _fits(demand, self.resources)
 
 
 def demands(topology: Topology, packing: Packing, nodes: Sequence[Node]) -> tuple[Demand, ...]:
@@ -142,7 +149,9 @@ def demands(topology: Topology, packing: Packing, nodes: Sequence[Node]) -> tupl
     members = [[topology.agents[i] for i in agents] for agents in packing]
     named = [_named(agents) for agents in members]
     unnamed = [any(agent.cpu is None for agent in agents) for agents in members]
-    homes = [_home(demand, nodes) for demand in named]
+    kinds = {repr(demand): demand for demand in named}
+    home_of = {kind: _home(demand, nodes) for kind, demand in kinds.items()}
+    homes = [home_of[repr(demand)] for demand in named]
     part: dict[frozenset[int], float] = {}
     for home in set(homes):
         within = [k for k, other in enumerate(homes) if other <= home]
@@ -219,13 +228,19 @@ def _dealt(
     for k in sorted(
         range(len(wanted)), key=lambda k: (len(could[k]), -sum(wanted[k].resources.values()))
     ):
-        fitting = [n for n in could[k] if not _lacking(wanted[k], nodes[n], left[n])]
-        if fitting:
-            place = places[k] = min(fitting, key=held.__getitem__) if spread else fitting[0]
+        fitting = (n for n in could[k] if _fits(wanted[k], left[n]))
+        place = min(fitting, key=held.__getitem__, default=None) if spread else next(fitting, None)
+        places[k] = place
+        if place is not None:
             held[place] += 1
             for key, amount in wanted[k].resources.items():
                 left[place][key] -= amount
     return tuple(places), left
+
+
+def _fits(demand: Demand, left: Mapping[str, float]) -> bool:
+    """Whether what is left holds an actor."""
+    return all(left.get(key, 0.0) >= amount - 1e-9 for key, amount in demand.resources.items())
 
 
 def _lacking(demand: Demand, node: Node, left: Mapping[str, float]) -> list[str]:

@@ -636,6 +636,11 @@ class ClusterSpec(Section):
         description="What carries messages between actors; auto: sockets between those on one "
         "machine, gloo between machines.",
     )
+    logs: Literal["text", "json"] = Field(
+        default="text",
+        description="Form of what is logged on stderr, by actors in Ray's worker logs; json: one "
+        "object a line, of the run's course too, with time, level, message, node, agents and step.",
+    )
     placement: Literal["spread", "pack"] = Field(
         default="pack", description="Over the cluster's nodes."
     )

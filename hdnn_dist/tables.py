@@ -14,6 +14,7 @@ arrays, tensors and torch data sets.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def _read(spec: DataSpec, part: Part, kind: Literal["x", "y"], wanted: Sequence[
     file = _file(spec, part)
     if file.suffix == ".safetensors":
         with _opened(file) as tensors:
-            there = _look(spec, part)[0] if kind == "x" else _targets_of(tensors)
+            there = _look(spec, part)[0] if kind == "x" else _targets_of(file, tensors)
             place = {name: k for k, name in enumerate(there)}
             own = [place[name] for name in wanted]
             x_BF[:] = tensors.get_tensor(kind)[:, own].double().numpy()
@@ -281,7 +282,7 @@ def _look(spec: DataSpec, part: Part) -> tuple[tuple[str, ...], int]:
         names = tuple(name for name in names if name not in ours)
     else:
         with _opened(file) as tensors:
-            there = _targets_of(tensors)
+            there = _targets_of(file, tensors)
         if bool(there) != bool(targets):
             raise SpecError(
                 ("data", "targets"),
@@ -306,18 +307,24 @@ def _check_there(file: Path, key: str, wanted: Sequence[str], names: Sequence[st
             raise SpecError(("data", key), problem, did_you_mean(name, names))
 
 
-def _targets_of(tensors: Any) -> tuple[str, ...]:
+def _targets_of(file: Path, tensors: Any) -> tuple[str, ...]:
     """The names of the targets in a safetensors file; none if it holds classes."""
     shape = tensors.get_slice("y").get_shape()
     if len(shape) == 1:
         return ()
     told = (tensors.metadata() or {}).get("targets")
-    try:
-        return tuple(f"y{k}" if told is None else json.loads(told)[k] for k in range(shape[1]))
-    except (ValueError, TypeError, IndexError):
-        raise DataError(
-            "the names of the targets are damaged", "write it with hdnn_dist.write_table"
-        ) from None
+    names: Any = None
+    if told is None and 0 < shape[0] * shape[1] <= MAX_NUMBERS:
+        names = [f"y{k}" for k in range(shape[1])]
+    elif told is not None:
+        with contextlib.suppress(ValueError, RecursionError):  # told below
+            names = json.loads(told)
+    if isinstance(names, list) and len(names) == shape[1]:
+        return tuple(map(str, names))
+    raise DataError(
+        f"{file} holds y {shape} without a name for each target",
+        "write it with hdnn_dist.write_table",
+    )
 
 
 @lru_cache(maxsize=8)
@@ -344,7 +351,13 @@ def _header(file: Path, changed: int, length: int) -> tuple[tuple[str, ...], int
         names = tuple(map(str, range(shape[1]) if told is None else json.loads(told)))
     except (ValueError, TypeError, IndexError):
         names = ()
-    if len(shape) != 2 or len(names) != shape[1] or labels[:1] != shape[:1] or not whole:
+    if (
+        len(shape) != 2
+        or len(names) != shape[1]
+        or labels[:1] != shape[:1]
+        or len(labels) > 2
+        or not whole
+    ):
         raise DataError(
             f"{file} holds {len(names)} names, x {shape} and y {labels}"
             + ("" if whole else " of no whole numbers"),

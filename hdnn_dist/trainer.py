@@ -33,20 +33,24 @@ from hdnn_dist.checkpoint import (
     read_absent,
     read_manifest,
     set_aside,
+    to_json,
     write_absent,
     write_checkpoint,
     write_json,
+    write_text,
 )
 from hdnn_dist.data import Part
 from hdnn_dist.errors import CheckpointError, LostError, RunError, StorageError, UserError
 from hdnn_dist.job import Job
 from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
+from hdnn_dist.trace import Track, chrome
 from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Times, Worker, device_of
+from hdnn_dist.worker import Times, Worker, device_of, slowest
 
 log = logging.getLogger("hdnn_dist")
 SCORES = re.compile(r"(best_)?test_(accuracy|rmse|r2)")
+TRACE = "trace.json"  # in the run directory
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
 
@@ -61,6 +65,10 @@ class Runner(Protocol):
 
     def train(self, steps: int) -> list[StepResult]:
         """Take so many steps from where the run stands."""
+        ...
+
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:
+        """As `train`, and what each actor did when."""
         ...
 
     def faults(self) -> list[Fault]:
@@ -130,6 +138,10 @@ class LocalRunner:
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
         return self.worker.train(steps)
+
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:  # noqa: D102
+        results, track = self.worker.profile(steps)
+        return results, [track]
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return self.worker.faults()
@@ -298,6 +310,8 @@ class Trainer:
         run: the run directory.
         listeners: are told of the run's course.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
+        profile: steps, at most, of which `trace.json` tells who did what when: of one epoch, after
+            the first step, which is slower than the others.
     """
 
     def __init__(
@@ -306,9 +320,11 @@ class Trainer:
         run: Place,
         listeners: Sequence[Listener] = (),
         stop: Event | None = None,
+        profile: int = 0,
     ) -> None:
         self.runner, self.run, self.listeners = runner, run, listeners
         self.stop = Event() if stop is None else stop
+        self.profile = profile
 
     def fit(self) -> Summary:
         """Train to the last epoch from the latest checkpoint, evaluating and saving on the way.
@@ -410,7 +426,7 @@ class Trainer:
             )
 
         evaluation: Evaluation | None = None  # of the weights after `step` steps
-        chunk = 1
+        chunk, first = 1, step
         self._tell("started", runner, step)
         if took_part != (now := set(job.topology.names)):
             self._tell("regrouped", step, sorted(took_part - now), sorted(now - took_part))
@@ -418,10 +434,11 @@ class Trainer:
                 evaluation = self._evaluate()
             self._tell("evaluated", step, step // per_epoch, evaluation)
         while step < job.steps:
-            count = min(chunk, per_epoch - step % per_epoch)
+            profiled = self.profile and (step > first or step + 1 == job.steps)
+            count = min(self.profile if profiled else chunk, per_epoch - step % per_epoch)
             before = time.perf_counter()
             with _when(f"steps {step + 1} to {step + count}" if count > 1 else f"step {step + 1}"):
-                results = runner.train(count)
+                results = self._profile(count) if profiled else runner.train(count)
                 self._check_finite(results)
             seconds = time.perf_counter() - before
             training_seconds += seconds
@@ -468,6 +485,14 @@ class Trainer:
         write_json(self.run / "summary.json", asdict(summary))
         self._tell("ended", summary)
         return summary
+
+    def _profile(self, steps: int) -> list[StepResult]:
+        """Train, and write down what each actor did when."""
+        results, tracks = self.runner.profile(steps)
+        found = chrome(tracks, slowest([track.busy for track in tracks]))
+        write_text(self.run / TRACE, to_json(found))
+        self.profile = 0
+        return results
 
     def _check_finite(self, results: Sequence[StepResult]) -> None:
         """Name the first number of some steps that is not finite: stop, or say what was skipped."""

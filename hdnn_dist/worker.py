@@ -29,6 +29,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Recorder, Track
 from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
@@ -134,6 +135,7 @@ class Worker:
         self._may_capture = device.type == "cuda" and type(transport) is InProcess
         self._captured: Captured | None = None
         self.step = 0
+        self._recorder: Recorder | None = None  # of what is done when, while it is asked for
         self._faults: list[Fault] = []
         self._forget_times()
 
@@ -168,8 +170,25 @@ class Worker:
         self._wait += self.transport.waited + self.replicas.waited - waited
         return results
 
+    def profile(self, steps: int) -> tuple[list[StepResult], Track]:
+        """As `train`, and what was done when."""
+        transport, replicas = self.transport, self.replicas
+        self._recorder = recorder = Recorder()
+        self.transport, self.replicas = recorder.transport(transport), recorder.replicas(replicas)
+        results: list[StepResult] = []
+        try:
+            for _ in range(steps):
+                recorder.step = self.step + 1
+                results += self.train(1)
+        finally:
+            self.transport, self.replicas, self._recorder = transport, replicas, None
+        names = tuple(agent.name for agent in self.agents.values())
+        return results, Track(names, tuple(recorder.slices))
+
     def _timed(self, i: int, action: Exchange[Result]) -> Exchange[Result]:
         """An agent's action, with the seconds counted in which it is at work."""
+        if self._recorder is not None:
+            action = self._recorder.agent(self.agents[i].name, action)
         inbox: dict[int, Tensor] | None = None
         while True:
             started = time.perf_counter()
@@ -200,7 +219,7 @@ class Worker:
 
     def _differentiate_at_once(self) -> bool:
         """Have a CUDA graph do it, if there is one and it finds nothing that is to be looked at."""
-        if self._may_capture:
+        if self._may_capture and self._recorder is None:
             self._may_capture = False
             assert isinstance(self.transport, InProcess)
             try:

@@ -12,19 +12,14 @@ import pytest
 import ray
 
 from hdnn_dist.cluster import RayRunner
-from hdnn_dist.gauges import EVERY, METRICS, ActorCounters, Metric, called
+from hdnn_dist.gauges import EVERY, METRICS, ActorCounters, Metric
 from hdnn_dist.job import Job
+from hdnn_dist.placement import called
 from hdnn_dist.trainer import LocalRunner
 
 Sample = tuple[str, dict[str, str], float]
 TINY = ["topology.d=2", "model.layers=2", "cluster.agents_per_actor=4"]
 TOLD = 40.0  # seconds until Ray must have told; it does every ten
-
-
-def test_an_actor_is_called_after_its_first_agents() -> None:
-    assert called(["a1"]) == "a1"
-    assert called(["a1", "a2", "a3"]) == "a1, a2, a3"
-    assert called([f"a{k}" for k in range(1, 9)]) == "a1, a2, a3 and 5 more"
 
 
 def exported(metric: Metric) -> str:

@@ -262,6 +262,20 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
     assert to_json(content) == '{"a": null, "b": [1.5, [null, {"c": null}]], "d": "NaN"}'
 
 
+def test_a_trace_is_of_some_steps_after_the_first_and_changes_nothing(tmp_path: Path) -> None:
+    job = tiny(training={"epochs": 2, "batch_size": 16})
+    assert job.steps_per_epoch == 4
+    summaries = [
+        hdnn_dist.fit(LocalRunner(job), create(job, tmp_path / name), profile=steps)
+        for name, steps in (("plain", 0), ("traced", 5))
+    ]
+    assert len({summary.test_loss for summary in summaries}) == 1
+    assert not (tmp_path / "plain" / "trace.json").exists()
+    events = json.loads((tmp_path / "traced" / "trace.json").read_text())["traceEvents"]
+    steps = {event["args"]["step"] for event in events if event["ph"] == "X"}
+    assert steps == {2, 3, 4}, "to the end of an epoch"
+
+
 def test_a_resumed_run_is_summed_over_all_its_processes(tmp_path: Path) -> None:
     """Cut after three of four epochs, its last evaluation the worst."""
     run = tmp_path / "run"

@@ -202,6 +202,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         {"x": torch.zeros(3), "y": torch.zeros(3)},
         {"x": torch.zeros(3, 2), "y": torch.zeros(4, dtype=torch.long)},
         {"x": torch.zeros(3, 2), "y": torch.zeros(3)},
+        {"x": torch.zeros(3, 2), "y": torch.zeros(3, 2, 2, dtype=torch.long)},
     ):
         for file in tmp_path.iterdir():
             file.unlink()
@@ -393,11 +394,11 @@ def test_targets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_names_of_targets_are_told(tmp_path: Path) -> None:
-    for told in ("{", "7", '["y"]'):
+    for told in ("{", "7", '["y"]', '{"y": 1, "z": 2}'):
         save_file(
             {"x": torch.zeros(3, 2), "y": torch.zeros(3, 2)},
             tmp_path / "train.safetensors",
             {"targets": told},
         )
-        with pytest.raises(DataError, match="names of the targets"):
+        with pytest.raises(DataError, match=r"train.safetensors holds y .3, 2. without a name"):
             read_targets(section(tmp_path, targets=["y"], classes=None), "train", ["y"])

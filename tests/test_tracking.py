@@ -142,6 +142,19 @@ def test_tensorboard_forgets_what_was_past_the_checkpoint(job: Job, tmp_path: Pa
     assert events.Scalars("test/accuracy")[0].value == pytest.approx(0.9)
 
 
+def test_of_targets_rmse_and_r2_are_told(job: Job, tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.started(cast(Runner, SimpleNamespace(job=job)), 0)
+    progress = Progress(1, 4, 1, 2, 0.5, None, 100.0, 65.0)
+    board.stepped([StepResult(1, 0.5, None, 4, 0.01, None, 9.0, 1.0)], progress)
+    board.evaluated(1, 1, Evaluation(0.25, None, 10, 4.0, 0.5))
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    told = {"train/rmse": 3.0, "train/r2": 0.5, "test/rmse": 2.0, "test/r2": 0.5}
+    assert {name: events.Scalars(name)[0].value for name in told} == told
+    assert "train/accuracy" not in events.Tags()["scalars"]
+
+
 def test_tensorboard_is_served_to_this_machine_alone(job: Job, tmp_path: Path) -> None:
     train(job, tmp_path / "run")
     address = serve(tmp_path / "run")
