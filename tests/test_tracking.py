@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import cast
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -88,6 +89,16 @@ def test_the_last_figures_are_drawn_and_others_as_time_allows(
     train(job, tmp_path / "always", told)
     first = [(3, "confusion"), (3, "gradients"), (3, "times")]
     assert sorted(told.drawn) == [(0, "topology"), *first, *last]
+
+
+def test_of_targets_there_are_rmse_and_r2(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((40, 3))
+    spec = SPEC | {"data": hdnn_dist.write_table(tmp_path / "table", (x, x), (x, x))}
+    told = Told()
+    train(Job.load(spec), tmp_path / "run", told)
+    scores = {f"{part}/{name}" for part in ("train", "test") for name in ("rmse", "r2")}
+    assert told.names == NUMBERS - {"train/accuracy", "test/accuracy"} | scores
+    assert {name for _, name in told.drawn} == FIGURES - {"confusion"}
 
 
 def test_an_evaluation_counts_who_is_taken_for_whom(job: Job) -> None:
