@@ -13,6 +13,11 @@ log = logging.getLogger("hdnn_dist")
 PLAIN = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName"}
 
 
+def _is_told(key: str) -> bool:
+    """Whether a record's attribute was given by who logs: Ray adds some of its own."""
+    return key not in PLAIN and not key.startswith("_")
+
+
 class JsonLines(logging.Formatter):
     """A record as `{"time": …, "level": …, "message": …}`, with its `extra` and a context.
 
@@ -32,7 +37,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
             **self.context,
-            **{key: value for key, value in record.__dict__.items() if key not in PLAIN},
+            **{key: value for key, value in record.__dict__.items() if _is_told(key)},
         }
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
