@@ -7,9 +7,7 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +30,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.run import reopen
 from hdnn_dist.trainer import Listener, Runner
 from tests.chaos import DEATHS, STOPS
+from tests.islands import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -78,11 +77,9 @@ def same_weights(run: Path, quiet: Path) -> bool:
 
 
 def apart(function: Callable[[Path], None], folder: Path) -> None:
-    """Call a function of this module in a process of its own, which joins a Ray of its own."""
-    code = (
-        f"from pathlib import Path; from tests.test_chaos import {function.__name__} as function\n"
-        f"function(Path({str(folder)!r}))"
-    )
+    """Call a function of a module in a process of its own, which joins a Ray of its own."""
+    module, name = Path(function.__code__.co_filename).stem, function.__name__
+    code = f"import pathlib, tests.{module} as t; t.{name}(pathlib.Path({str(folder)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},  # whether this machine has a token or not
@@ -90,7 +87,7 @@ def apart(function: Callable[[Path], None], folder: Path) -> None:
         text=True,
         timeout=540,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]
 
 
 class Loses(Listener):
@@ -218,96 +215,6 @@ def lose_machines_while_the_group_forms(folder: Path) -> None:
 @pytest.mark.timeout(600)
 def test_machines_that_are_lost_while_the_group_forms_are_named_in_time(tmp_path: Path) -> None:
     apart(lose_machines_while_the_group_forms, tmp_path)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-@contextlib.contextmanager
-def islands() -> Iterator[None]:
-    """Two network namespaces, 10.203.0.2 and .3, on a bridge that is 10.203.0.1 here."""
-    with contextlib.ExitStack() as stack:
-        ip("link", "add", "hdnn", "type", "bridge")
-        stack.callback(ip, "link", "del", "hdnn")
-        ip("addr", "add", "10.203.0.1/24", "dev", "hdnn")
-        ip("link", "set", "hdnn", "up")
-        for k in (2, 3):
-            space = f"hdnn{k}"
-            ip("netns", "add", space)
-            stack.callback(ip, "netns", "del", space)
-            ip("link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)
-            stack.callback(ip, "link", "del", space)
-            ip("link", "set", space, "master", "hdnn", "up")
-            ip("-n", space, "addr", "add", f"10.203.0.{k}/24", "dev", "eth0")
-            ip("-n", space, "link", "set", "eth0", "up")
-            ip("-n", space, "link", "set", "lo", "up")
-        yield
-
-
-def listening() -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("10.203.0.1", 6390)) == 0
-
-
-def go_on_when_a_cable_is_cut(folder: Path) -> None:
-    ray_start = [shutil.which("ray", path=str(Path(sys.executable).parent)), "start", "--block"]
-    head = ["--head", "--port=6390", "--node-ip-address=10.203.0.1", "--num-cpus=0"]
-    daemons: list[subprocess.Popen[bytes]] = []
-    quiet = subprocess.DEVNULL
-    with islands():
-        try:
-            daemons.append(
-                subprocess.Popen([*ray_start, *head, "--include-dashboard=false"], stderr=quiet)
-            )
-            wait_for(listening)
-            ray.init(
-                address="10.203.0.1:6390",
-                _node_ip_address="10.203.0.1",
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-            for k in (2, 3):  # one by one, as they choose names in the one folder of all
-                node = ["--address=10.203.0.1:6390", f"--node-ip-address=10.203.0.{k}"]
-                inside = ["ip", "netns", "exec", f"hdnn{k}", *ray_start, *node, "--num-cpus=1"]
-                daemons.append(subprocess.Popen(inside, stderr=quiet))
-                wait_for(lambda k=k: ray.cluster_resources().get("CPU") == k - 1)
-            watch = Loses(lambda: ip("link", "set", "hdnn2", "down"))
-            job = Job.load(None, list(SETTINGS))
-            hdnn_dist.train(job, run=folder / "cut", listeners=[watch])
-            assert watch.actors == [2, 1]
-            assert watch.seconds[0] < TIMEOUT
-            [cause] = watch.causes
-            assert " on node 10.203.0.2 " in cause
-            assert "its network is cut" in cause
-            ray.shutdown()
-        finally:
-            for daemon in daemons:
-                top = psutil.Process(daemon.pid)
-                for process in [top, *top.children(recursive=True)]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-                daemon.wait()
-    assert same_weights(folder / "cut", folder / "quiet")
-
-
-@pytest.mark.chaos
-@pytest.mark.timeout(600)
-def test_a_machine_whose_network_is_cut_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    try:
-        with islands():
-            pass
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = getattr(error, "stderr", b"")
-        pytest.skip(f"network namespaces cannot be made here: {error} {why!r}")
-    apart(go_on_when_a_cable_is_cut, tmp_path)
-
-
-def wait_for(what: Callable[..., Any], *of: object) -> None:
-    deadline = time.monotonic() + 120
-    while not what(*of):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
