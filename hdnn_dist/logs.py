@@ -32,7 +32,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
             **self.context,
-            **{key: value for key, value in record.__dict__.items() if key not in PLAIN},
+            **{k: v for k, v in record.__dict__.items() if k not in PLAIN and k[0] != "_"},
         }
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
