@@ -19,7 +19,6 @@ from hdnn_dist.trainer import Listener, Progress, Runner, Summary
 from hdnn_dist.worker import Times, slowest
 
 QUIET = 5.0  # seconds between two plain lines, at least
-LONG = 0.1  # of a step: waiting of which is told
 log = logging.getLogger("hdnn_dist")
 
 
@@ -98,10 +97,9 @@ def waiting(times: Sequence[Times]) -> str | None:
     """For whom the other actors waited in an epoch, in a line; None if for nobody, or not long."""
     busy = [1e3 * (own.total - own.wait) / own.steps for own in times]
     step = max(1e3 * own.total / own.steps for own in times)
-    slow = slowest(busy)
-    others = [each for k, each in enumerate(busy) if k not in slow]
-    if not slow or max(busy) - sum(others) / len(others) < LONG * step:
+    if not (slow := slowest(busy, step)):
         return None
+    others = [each for k, each in enumerate(busy) if k not in slow]
     names = called([name for k in slow for name in times[k].agents])
     who = f"actors of {names}: they were" if len(slow) > 1 else f"actor of {names}: it was"
     return (

@@ -68,6 +68,11 @@ class Track:
     error: float = 0.0
 
     @property
+    def seconds(self) -> float:
+        """Seconds of all that is told."""
+        return sum(each.seconds for each in self.slices)
+
+    @property
     def busy(self) -> float:
         """Seconds in which it did not wait."""
         return sum(each.seconds for each in self.slices if each.kind != "wait")

@@ -489,7 +489,8 @@ class Trainer:
     def _profile(self, steps: int) -> list[StepResult]:
         """Train, and write down what each actor did when."""
         results, tracks = self.runner.profile(steps)
-        found = chrome(tracks, slowest([track.busy for track in tracks]))
+        total = max(track.seconds for track in tracks)
+        found = chrome(tracks, slowest([track.busy for track in tracks], total))
         write_text(self.run / TRACE, to_json(found))
         self.profile = 0
         return results

@@ -34,6 +34,7 @@ from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
+LITTLE = 0.1  # of the whole time
 ALIKE = 0.9  # of the time that the slowest takes, at which another is as slow
 log = logging.getLogger("hdnn_dist")
 
@@ -94,14 +95,22 @@ class Times:
         ]
 
 
-def slowest(busy: Sequence[float]) -> list[int]:
-    """Those of some actors for which the others wait, by the seconds in which each was at work.
+def slowest(busy: Sequence[float], total: float = 0.0) -> list[int]:
+    """Those of some actors for which the others wait: that take about as long as the slowest.
 
-    Those that take about as long as the one that takes longest; none if that is all of them.
+    Args:
+        busy: seconds in which each is at work.
+        total: seconds that all of it takes; what is little beside these is not waited for.
+
+    Returns:
+        Their numbers; none if the others take as long, or wait little.
     """
     longest = max(busy)
     slow = [k for k, seconds in enumerate(busy) if seconds >= ALIKE * longest]
-    return slow if len(slow) < len(busy) else []
+    others = [seconds for k, seconds in enumerate(busy) if k not in slow]
+    if not others or longest - sum(others) / len(others) < LITTLE * total:
+        return []
+    return slow
 
 
 class Worker:

@@ -250,3 +250,4 @@ def test_the_time_of_training_steps_is_told_agent_by_agent(monkeypatch: pytest.M
 )
 def test_the_others_wait_for_who_takes_longest(busy: list[float], slow: list[int]) -> None:
     assert slowest(busy) == slow
+    assert slowest(busy, 100.0) == [], "all wait for something else"
