@@ -254,13 +254,14 @@ class LogView(Listener):
                 "step": progress.step,
                 "epoch": progress.epoch,
                 "loss": progress.loss,
-                "accuracy": progress.accuracy,
+                **progress.scores,
                 "samples_per_second": round(progress.samples_per_second, 1),
             },
         )
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
-        found = {"test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy}
+        scored = {f"test_{name}": score for name, score in evaluation.scores.items()}
+        found = {"test_loss": evaluation.loss, **scored}
         log.info("test set gone through", extra={"step": step, "epoch": epoch, **found})
 
     def skipped(self, fault: Fault) -> None:  # noqa: D102

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from hdnn_dist.agent import Evaluation
-from hdnn_dist.console import LiveView, PlainView, duration, size, view, waiting
+from hdnn_dist.console import LiveView, LogView, PlainView, duration, size, view, waiting
 from hdnn_dist.job import Job
 from hdnn_dist.trainer import LocalRunner, Progress, Summary
 from hdnn_dist.worker import Times
@@ -47,6 +47,16 @@ def test_targets_have_an_error_in_place_of_an_accuracy() -> None:
         "epoch   1  step 3/4  loss 0.5000  RMSE 0.5  R² 0.500  100 samples/s  1:05 left",
         "epoch   2  step 4  test RMSE 4  R² 0.7500  loss 0.2500",
     ]
+
+
+def test_targets_have_an_error_in_log_records_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "hdnn_dist"):
+        view = LogView()
+        view.stepped([], Progress(3, 4, 1, 2, 0.5, None, 100.0, 65.0, 0.25, 1.0))
+        view.evaluated(4, 2, Evaluation(0.25, None, 10, 16.0, 1.0))
+    steps, test = (record.__dict__ for record in caplog.records)
+    assert (steps["rmse"], steps["r2"], "accuracy" in steps) == (0.5, 0.5, False)
+    assert (test["test_rmse"], test["test_r2"], "test_accuracy" in test) == (4.0, 0.75, False)
 
 
 @pytest.mark.parametrize(("width", "rows"), [(120, 2), (80, 2), (60, 3)])
