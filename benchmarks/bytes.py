@@ -45,7 +45,7 @@ def least(job: Job, itemsize: int) -> dict[tuple[int, int], int]:
             found[way] = found.get(way, 0) + both
     for child, parent in (edge for level in tree.levels for edge in level):
         for way in (child, parent), (parent, child):
-            found[way] = found.get(way, 0) + job.architecture.classes * column
+            found[way] = found.get(way, 0) + job.architecture.outputs * column
     return found
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hdnn_dist.run import regroup
     from hdnn_dist.tables import write_table
     from hdnn_dist.topology import Topology
+    from hdnn_dist.tracking import MLflow, TensorBoard, WandB
     from hdnn_dist.trainer import Listener, LocalRunner, Summary, Trainer
 
 _HOME = {
@@ -33,10 +34,13 @@ _HOME = {
     "Layers": "model",
     "Listener": "trainer",
     "LocalRunner": "trainer",
+    "MLflow": "tracking",
     "RayRunner": "cluster",
     "Summary": "trainer",
+    "TensorBoard": "tracking",
     "Topology": "topology",
     "Trainer": "trainer",
+    "WandB": "tracking",
     "analyze": "report",
     "analyze_layers": "report",
     "export": "dense",
@@ -57,10 +61,13 @@ __all__ = [
     "Layers",
     "Listener",
     "LocalRunner",
+    "MLflow",
     "RayRunner",
     "Summary",
+    "TensorBoard",
     "Topology",
     "Trainer",
+    "WandB",
     "__version__",
     "analyze",
     "analyze_layers",

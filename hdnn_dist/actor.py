@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
 import time
@@ -23,16 +24,20 @@ from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part, ensure_available
 from hdnn_dist.direct import Direct
 from hdnn_dist.errors import PlacementError, RunError, TransportError
+from hdnn_dist.gauges import ActorCounters
 from hdnn_dist.job import Job
 from hdnn_dist.joining import TLS
-from hdnn_dist.placement import Packing, hosts
+from hdnn_dist.logs import configure
+from hdnn_dist.placement import Packing, called, hosts
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Track, clock
 from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
 from hdnn_dist.wires import Gloo, PeerError, Sockets, connect
 from hdnn_dist.worker import Times, Worker, device_of
 
+log = logging.getLogger("hdnn_dist")
 START = 60.0  # seconds that a process is given to start, torch and all, before it is taken for lost
 
 
@@ -47,6 +52,7 @@ class AgentActor:
         self._near: Sockets | None = None
         self._meetings = 0  # in this group
         self._direct = False
+        self._counters: ActorCounters | None = None
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
@@ -151,6 +157,11 @@ class AgentActor:
                 transport = wired if device.type == "cpu" else Staged(wired, device)
         self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()
+        self._counters = ActorCounters(job.topology.name, job.topology.names, agents)
+        node = f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
+        names = [job.topology.names[i] for i in agents]
+        configure(spec.cluster.logs, node=node, agents=names, copy=self._replicas.copy)
+        log.info("hosts its agents on %s", device, extra={"step": 0, "job": job.digest[:12]})
         return job.digest
 
     def connect(self) -> None:
@@ -160,10 +171,7 @@ class AgentActor:
             TransportError: one that should do the same does not.
         """
         self._hang_up()
-        transport = self.worker.transport
-        if isinstance(transport, Staged):
-            transport = transport.inner
-        if not isinstance(transport, PointToPoint):  # a copy in one process, or GPUs apart
+        if (transport := self._wired) is None:
             return
         assert self._store is not None
         self._meetings += 1
@@ -176,6 +184,14 @@ class AgentActor:
                 f"{error.problem}"
             ) from error
         self._near = transport.near = Sockets(near, self._timeout)
+
+    @property
+    def _wired(self) -> PointToPoint | None:
+        """What talks to other processes over wires; None for a copy in one, or GPUs apart."""
+        transport = self.worker.transport
+        if isinstance(transport, Staged):
+            transport = transport.inner
+        return transport if isinstance(transport, PointToPoint) else None
 
     def _hang_up(self) -> None:
         if self._near is not None:
@@ -194,10 +210,35 @@ class AgentActor:
 
     def train(self, steps: int) -> list[StepResult]:
         """See `Worker`; so too below."""
-        return self.worker.train(steps)
+        results = self.worker.train(steps)
+        self._record()
+        return results
+
+    def profile(self, steps: int) -> tuple[list[StepResult], Track]:  # noqa: D102
+        return self.worker.profile(steps)
+
+    def clock(self) -> tuple[str, float]:
+        """See `hdnn_dist.trace`."""
+        return clock()
+
+    def _record(self) -> None:
+        """Have Ray know what was sent and for whom was waited, now and then."""
+        if self._counters is None or not self._counters.due:
+            return
+        waited = {"other copies": self._replicas.waited}
+        if (wired := self._wired) is not None:
+            for peer, seconds in wired.waited_for.items():
+                waited[called(wired.hosted(peer).split(", "))] = seconds
+        sent = self.worker.transport.sent
+        self._counters.record(sent, waited)
+        figures = {"sent_bytes": sent.total(), "waited_seconds": round(sum(waited.values()), 3)}
+        log.info("steps taken", extra={"step": self.worker.step, **figures})
 
     def faults(self) -> list[Fault]:  # noqa: D102
-        return self.worker.faults()
+        found = self.worker.faults()
+        for fault in found:
+            log.warning(str(fault), extra={"step": fault.step, "agents": [fault.agent]})
+        return found
 
     def evaluate(self, part: Part) -> Evaluation | None:  # noqa: D102
         return self.worker.evaluate(part)
@@ -215,10 +256,13 @@ class AgentActor:
         return self.worker.sensitivities(samples, V)
 
     def save(self, folder: Place) -> dict[str, str]:  # noqa: D102
-        return self.worker.save(folder)
+        saved = self.worker.save(folder)
+        log.info("saved %s", folder, extra={"step": self.worker.step})
+        return saved
 
     def load(self, folder: Place, manifest: Manifest) -> None:  # noqa: D102
         self.worker.load(folder, manifest)
+        log.info("loaded %s", folder, extra={"step": self.worker.step})
 
     def sent(self) -> Counter[tuple[int, int]]:
         """Bytes sent by the agents here."""

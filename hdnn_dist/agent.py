@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,15 +17,18 @@ from hdnn_dist.analysis import Sums
 from hdnn_dist.architecture import Architecture
 from hdnn_dist.checkpoint import check_tensors
 from hdnn_dist.data import (
+    DataInfo,
     Part,
     background,
     epoch_order,
     load_features,
     load_images,
     load_labels,
+    load_targets,
     scaled,
     shift_images,
     shifts,
+    target_moments,
 )
 from hdnn_dist.distortion import Distortion
 from hdnn_dist.errors import CheckpointError
@@ -33,36 +38,102 @@ from hdnn_dist.node import AgentNode, Exchange
 from hdnn_dist.optimization import build_optimizer, fits, learning_rate
 
 CPU = torch.device("cpu")
+MOST_COUNTED = 64  # classes up to which an evaluation counts which are taken for which
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the root knows of a training step.
+    """What is known of a training step where outputs are complete.
 
     Attributes:
         step: from 1.
-        loss: mean cross-entropy of the batch, in nats.
-        correct: how many of the batch were classified rightly.
+        loss: of the batch: mean cross-entropy in nats, or mean square of standardised errors.
+        correct: how many of the batch were classified rightly; None of targets.
         samples: size of the batch.
         lr: learning rate.
         grad_norm: of all agents, before clipping; None where it is not asked for.
+        squares, variance: of targets, as in `scores_of`.
     """
 
     step: int
     loss: float
-    correct: int
+    correct: int | None
     samples: int
     lr: float
     grad_norm: float | None
+    squares: float | None = None
+    variance: float | None = None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """See `scores_of`."""
+        accuracy = None if self.correct is None else self.correct / self.samples
+        return scores_of(self.loss, accuracy, self.squares, self.variance)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy (nats) and accuracy over a data set's part."""
+    """Over a data set's part.
+
+    Attributes:
+        loss: as in `StepResult`.
+        accuracy: share of right answers; None of targets.
+        samples: how many.
+        squares, variance: of targets, as in `scores_of`.
+        confusion: how often samples of each class (rows) were taken for each class (columns); empty
+            where there are more than `MOST_COUNTED` classes, and of targets.
+    """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     samples: int
+    squares: float | None = None
+    variance: float | None = None
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """See `scores_of`."""
+        return scores_of(self.loss, self.accuracy, self.squares, self.variance)
+
+    @property
+    def quality(self) -> float:
+        """What is better the larger it is: accuracy, or R²."""
+        return [*self.scores.values()][-1]
+
+
+def counted(data: DataInfo) -> int:
+    """Of how many classes an evaluation counts which are taken for which; 0 of targets."""
+    return data.classes if not data.targets and data.classes <= MOST_COUNTED else 0
+
+
+def scores_of(
+    loss: float, accuracy: float | None, squares: float | None, variance: float | None
+) -> dict[str, float]:
+    """How good outputs are, by name: accuracy, or of targets rmse and r2.
+
+    Args:
+        loss: of targets the mean square of the errors, each over its target's deviation.
+        accuracy: share of right answers; None of targets.
+        squares: mean square of the errors in the targets' own units; None of classes.
+        variance: what the loss would be of the mean of the training set; None of classes.
+    """
+    if squares is None or variance is None:
+        return {} if accuracy is None else {"accuracy": accuracy}
+    rmse = math.sqrt(squares) if squares >= 0 else math.nan
+    return {"rmse": rmse, "r2": 1 - loss / variance if variance > 0 else math.nan}
+
+
+Told = TypeVar("Told", StepResult, Evaluation)
+
+
+def whole(parts: Sequence[Told]) -> Told:
+    """What agents that read out for themselves know, each its part: added; else the root's."""
+    first, *others = parts
+    if not others:
+        return first
+    keys = "loss", "squares", "variance"
+    return replace(first, **{key: sum(getattr(part, key) for part in parts) for key in keys})
 
 
 @dataclass(frozen=True, order=True)
@@ -106,8 +177,9 @@ class Agent:
         self.device = device
         self.share = slice(0, job.batch) if share is None else share
         self.view = job.views[i]
-        self.is_root = i == job.root
         architecture = job.architecture
+        self.is_root = i == job.root
+        self.finishes = architecture.finishes(i)  # outputs, and has their labels
         self.weights = {
             name: nn.Parameter(value.to(device), requires_grad=name not in architecture.constants)
             for name, value in architecture.initial(i, job.dtype).items()
@@ -134,10 +206,11 @@ class Agent:
         self._first_state: int | None = None  # that is not finite
         layers = architecture.patterns.layers
         self._norms = torch.zeros(layers + 1, dtype=torch.float64, device=device)  # ‖∂loss/∂y_j‖
-        self.tally = torch.zeros(2, dtype=job.dtype, device=device)  # loss, right ones: the root's
+        # Where outputs are complete: loss and right ones, or loss, squares and variance.
+        self.tally = torch.zeros(3 if job.data.targets else 2, dtype=job.dtype, device=device)
         self.gradient_squares = torch.empty(0)  # of own rows, at the last step of an epoch
 
-    # --- data: own columns, and at the root the labels -----------------------------------------
+    # --- data: own columns, and the labels of outputs that are complete here -------------------
 
     def load_data(self) -> None:
         """Read now what a training run needs, not in the first round, for which others wait."""
@@ -146,7 +219,7 @@ class Agent:
         else:
             self.images()
         self.features("test")
-        if self.is_root:
+        if self.finishes:
             self.labels("train")
             self.labels("test")
 
@@ -164,11 +237,32 @@ class Agent:
         return self._images
 
     def labels(self, part: Part) -> Tensor:
-        """The classes `(samples,)`, which only the root may ask for."""
-        assert self.is_root, f"labels are the root's, not {self.name}'s"
+        """The classes `(samples,)`, which only the root may ask for, or own targets `(samples, C)`.
+
+        Targets are standardised.
+        """
+        assert self.finishes, f"labels are not {self.name}'s"
+        spec = self.job.spec.data
         if part not in self._labels:
-            self._labels[part] = torch.from_numpy(load_labels(self.job.spec.data, part))
+            if self.job.data.targets:
+                targets = torch.from_numpy(load_targets(spec, part, self.targets))
+                self._labels[part] = targets.to(self.job.dtype)
+            else:
+                self._labels[part] = torch.from_numpy(load_labels(spec, part))
         return self._labels[part]
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """Of the outputs that are complete here."""
+        known = self.job.data.targets
+        return tuple(known[k] for k in self.job.architecture.reads_out(self.i))
+
+    @cached_property
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of own targets, each `(C, 1)` in float64."""
+        moments = target_moments(self.job.spec.data, self.targets)
+        mean, std = (torch.from_numpy(m)[:, None].to(self.device) for m in moments)
+        return mean, std
 
     def _batch(self, step: int) -> Tensor:
         """Indices of own share of a step (from 0): the same on every agent, from the seed."""
@@ -194,15 +288,15 @@ class Agent:
         return x.T.to(self.device)
 
     def draw(self, step: int) -> list[Tensor]:
-        """Own share of a step, which counts from 0: inputs, and at the root the classes `(B,)`."""
+        """Own share of a step, which counts from 0: inputs, and the labels if they are here."""
         index = self._batch(step)
         drawn = [self._inputs(step, index)]
-        return [*drawn, self.labels("train")[index].to(self.device)] if self.is_root else drawn
+        return [*drawn, self.labels("train")[index].to(self.device)] if self.finishes else drawn
 
     # --- what an agent does --------------------------------------------------------------------
 
     def differentiate(self, step: int) -> Exchange[None]:
-        """Forward, loss at the root, backward, on own share of a step, which counts from 0.
+        """Forward, loss where labels are, backward, on own share of a step, which counts from 0.
 
         What it leaves in `summands` is to be summed over the copies of the agent before `update`.
         """
@@ -218,7 +312,7 @@ class Agent:
 
         Args:
             x_FB: own inputs.
-            labels_B: the classes, at the root.
+            labels_B: the classes or targets, where outputs are complete.
             watch: whether to look for a state that is not finite, which does wait.
         """
         scores = yield from self.node.forward(x_FB)
@@ -226,22 +320,31 @@ class Agent:
             self._first_state = self.node.first_nonfinite_state()
         scores_bar = None
         if labels_B is not None:
-            loss, correct, scores_bar = cross_entropy(scores, labels_B)
+            tally, scores_bar = self._compare(scores, labels_B)
             scores_bar /= self.job.batch
-            self.tally[0], self.tally[1] = loss, correct
+            self.tally.copy_(tally)
         self._norms.copy_((yield from self.node.backward(scores_bar)))
+
+    def _compare(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The tally of some samples, and `∂(summed loss)/∂scores`."""
+        if self.job.data.targets:
+            std = self._units[1].to(scores.dtype)
+            return squared_error(scores, labels.T, std, self.job.architecture.outputs)
+        loss, correct, bar = cross_entropy(scores, labels)
+        return torch.stack([loss, correct.to(loss.dtype)]), bar
 
     @property
     def summands(self) -> list[Tensor]:
-        """What the copies of an agent sum: their gradients, and at the root the tally."""
-        return [*self.node.gradients.values(), *[self.tally] * self.is_root]
+        """What the copies of an agent sum: their gradients, and the tally if there is one."""
+        return [*self.node.gradients.values(), *[self.tally] * self.finishes]
 
     def update(self, step: int) -> Exchange[StepResult | None]:
         """Take the optimiser step that follows from the `summands` of the whole batch.
 
         An agent with a `fault` keeps its weights, and with `on_nonfinite: skip` all agents do.
         """
-        loss, correct = self.tally.tolist()
+        B = self.job.batch
+        loss, *rest = self.tally.tolist()
         if (step + 1) % self.job.steps_per_epoch == 0:
             self.gradient_squares = self._norms.square().cpu()
         self._regularise()
@@ -256,9 +359,11 @@ class Agent:
                 self.fault = Fault(step + 1, math.inf, self.name, "the norm of all gradients")
         elif self.fault is None:
             self.optimizer.step()
-        if not self.is_root:
+        if not self.finishes:
             return None
-        return StepResult(step + 1, loss / self.job.batch, int(correct), self.job.batch, lr, norm)
+        if self.job.data.targets:
+            return StepResult(step + 1, loss / B, None, B, lr, norm, *(sum_ / B for sum_ in rest))
+        return StepResult(step + 1, loss / B, int(rest[0]), B, lr, norm)
 
     def _find_fault(self, step: int, first_state: int | None, norms: Tensor) -> Fault | None:
         """The first number of a step that is not finite, given the cotangents' norms."""
@@ -286,10 +391,10 @@ class Agent:
             return None
         return Fault(step, self.job.architecture.patterns.layers + 0.5, self.name, what)
 
-    def evaluate(
-        self, part: Part, start: int, stop: int, step: int
-    ) -> Exchange[tuple[float, int] | None]:
-        """Summed loss and number of right answers over some samples; None but at the root.
+    def evaluate(self, part: Part, start: int, stop: int, step: int) -> Exchange[Tensor | None]:
+        """The tally of some samples, and `Evaluation.confusion` row by row, in float64.
+
+        None where outputs are not complete.
 
         A number that is not finite is the agent's `fault`, of the last of the `step` steps taken.
         """
@@ -298,19 +403,29 @@ class Agent:
         self.fault = None
         if (j := self.node.first_nonfinite_state()) is not None:
             self.fault = Fault(step, j, self.name, f"the {part} set's state y_{j}")
-        if not self.is_root:
+        if not self.finishes:
             return None
         labels_B = self.labels(part)[start:stop].to(self.device)
-        loss, correct, _ = cross_entropy(scores, labels_B)
-        summed: float = loss.item()
+        tally = self._compare(scores, labels_B)[0].to(CPU, torch.float64)
         if self.fault is None:
-            self.fault = self._loss_fault(step, summed, f"the {part} set's loss")
-        return summed, int(correct)
+            self.fault = self._loss_fault(step, tally[0].item(), f"the {part} set's loss")
+        if not (C := counted(self.job.data)):
+            return tally
+        counts = torch.bincount(C * labels_B + scores.argmax(0), minlength=C**2)
+        return torch.cat([tally, counts.to(tally)])
 
     def predict(self, x_BF: Tensor) -> Exchange[np.ndarray | None]:
-        """Class probabilities `(B, C)` of own features of a batch; None but at the root."""
+        """Class probabilities `(B, C)` of own features of a batch, or targets in their units.
+
+        Of targets that agents read out for themselves own ones alone; None where there are none.
+        """
         scores = yield from self.node.forward(x_BF.to(self.device, self.job.dtype).T)
-        return scores.T.softmax(1).cpu().numpy() if self.is_root else None
+        if not self.finishes:
+            return None
+        if not self.job.data.targets:
+            return scores.T.softmax(1).cpu().numpy()
+        mean, std = self._units
+        return (mean + std * scores).T.cpu().numpy()
 
     def sensitivities(self, x_BF: Tensor, V: Tensor) -> Exchange[Sums]:
         """Own part of what the analysis of the run sums (see `hdnn_dist.analysis`).
@@ -485,3 +600,22 @@ def cross_entropy(scores_CB: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, 
     bar = log_p.exp()
     bar[labels_B, torch.arange(len(labels_B), device=bar.device)] -= 1
     return loss, (scores_CB.argmax(0) == labels_B).sum(), bar
+
+
+def squared_error(
+    scores_CB: Tensor, targets_CB: Tensor, std_C1: Tensor, outputs: int
+) -> tuple[Tensor, Tensor]:
+    """Sums over samples and targets of standardised errors, and `∂(the first)/∂scores`.
+
+    Args:
+        scores_CB: what is told of the targets here.
+        targets_CB: what they are.
+        std_C1: their deviations.
+        outputs: how many targets there are in all, which the sums are divided by.
+
+    Returns:
+        The sums of `e²`, of `(std e)²` and of `t²`, `e = scores - targets`; and `2 e / outputs`.
+    """
+    error = scores_CB - targets_CB
+    sums = [part.square().sum() for part in (error, std_C1 * error, targets_CB)]
+    return torch.stack(sums) / outputs, 2 * error / outputs

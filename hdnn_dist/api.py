@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -27,10 +28,12 @@ from hdnn_dist.checkpoint import (
     latest_checkpoint,
     load_agent,
 )
+from hdnn_dist.console import LogView
 from hdnn_dist.data import ensure_available
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
-from hdnn_dist.metrics import JsonLines, TensorBoard
+from hdnn_dist.logs import configure
+from hdnn_dist.metrics import JsonLines
 from hdnn_dist.model import HDNN
 from hdnn_dist.run import (
     check_is_shared,
@@ -42,6 +45,7 @@ from hdnn_dist.run import (
     write_spec,
 )
 from hdnn_dist.storage import Place, Where, place
+from hdnn_dist.tracking import TensorBoard
 from hdnn_dist.trainer import (
     Listener,
     LocalRunner,
@@ -73,6 +77,7 @@ def launch(job: Job, *, local: bool = False, address: str | None = None) -> Runn
         raise UserError(
             "a local run joins no cluster, but an address is given too", "leave one of them out"
         )
+    configure(job.spec.cluster.logs, node=platform.node())
     ensure_available(job.spec.data, progress=sys.stderr.isatty())
     if local:
         needed = 4 * job.parameters * job.dtype.itemsize  # weights, gradients, optimiser
@@ -95,6 +100,7 @@ def fit(
     *,
     tensorboard: bool = True,
     stop: Event | None = None,
+    profile: int = 0,
 ) -> Summary:
     """Train launched agents to the end of their job, from the run's latest checkpoint if any.
 
@@ -102,8 +108,10 @@ def fit(
         runner: from `launch`.
         run: the run directory, a path or a URL (see `hdnn_dist.checkpoint`).
         listeners: are told of the run's course, beside those that write its metrics.
-        tensorboard: whether to write TensorBoard events, into a local run directory.
+        tensorboard: whether to write TensorBoard events, numbers alone, into a local run directory;
+            not if a `TensorBoard` is among the listeners.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
+        profile: steps of which `trace.json` tells who did what when (see `Trainer`).
     """
     run = place(run)
     if not isinstance(runner, LocalRunner):
@@ -112,14 +120,17 @@ def fit(
         steps_taken(runner.job, run)  # one that cannot go on is refused before its spec is touched
     write_spec(runner.job, run)
     writers: list[Listener] = [JsonLines(run)]
+    tensorboard &= not any(isinstance(listener, TensorBoard) for listener in listeners)
     if tensorboard and isinstance(run, Path):
         writers.append(TensorBoard(run))
     elif tensorboard:
         log.warning("TensorBoard events go to local run directories alone: %s has none", run)
+    if runner.job.spec.cluster.logs == "json":
+        writers.append(LogView())
     with ExitStack() as stack:
         for listener in (*listeners, *writers):
             stack.callback(listener.close)
-        return Trainer(runner, run, (*listeners, *writers), stop).fit()
+        return Trainer(runner, run, (*listeners, *writers), stop, profile).fit()
 
 
 def train(

@@ -1,6 +1,6 @@
 """Which blocks of the network's weights belong to which agent, and their initial values.
 
-Legend of the shapes: `n = Σ d_i` rows of `p` (and of `q`), `L` layers, `F` features, `C` classes,
+Legend of the shapes: `n = Σ d_i` rows of `p` (and of `q`), `L` layers, `F` features, `C` outputs,
 `D_i = Σ_{l: K[i,l]≠0} d_l` what agent `i` reads. The dense weights and the agent's part of each,
 for H2 (others have other `K` and `b`, of `d_i` or of `2d_i` rows: see `hdnn_dist.family`)::
 
@@ -12,6 +12,9 @@ for H2 (others have other `K` and `b`, of `d_i` or of `2d_i` rows: see `hdnn_dis
     J (H1)          (2n, 2n)    rows of p^i and q^i, or (L, 2n, 2n)                    (2d_i, 2D_i')
     readout.weight  (C, 2n)     columns of p^i and q^i; readers only                   (C, 2d_i)
     readout.bias    (C,)        the root alone                                         (C,)
+
+Where agents read out for themselves, the readout's rows and bias too are those of an agent: `C_i`
+of its own in place of `C`.
 
 Where a matrix acts on the whole state `y = [p; q]`, the order in an agent's part is
 `[p^i; q^i]`, agent after agent.
@@ -44,8 +47,8 @@ class Architecture:
         names: the agents.
         patterns: `d_i`, `T`, `R`, `S`.
         columns: per agent, the input features that it sees.
-        features, classes: sizes of the whole input and of the output.
-        readers: the agents with a term `W^i [p^i; q^i]` in the scores.
+        features, outputs: sizes of the whole input and of the output.
+        readers: the agents with a term `W^i [p^i; q^i]` in the outputs.
         tree: the tree that the terms are summed up; its root holds the labels.
         member: of the family, with its step `h` and its `σ`.
         encoder: "linear" for `[p; q] = E x + e`, "pad" for features copied into a state.
@@ -54,13 +57,15 @@ class Architecture:
         seed: of the initial weights.
         J: H1's skew-symmetric matrix, `(2n, 2n)` or `(L, 2n, 2n)`; None for the other members.
         X: H2's, `(n, n)`, where a user gives one.
+        own: per agent, the outputs that it reads out by itself; None where all are summed up the
+            tree.
     """
 
     names: tuple[str, ...]
     patterns: Patterns
     columns: tuple[tuple[int, ...], ...]
     features: int
-    classes: int
+    outputs: int
     readers: tuple[int, ...]
     tree: Tree
     member: Member
@@ -70,6 +75,7 @@ class Architecture:
     seed: int
     J: Tensor | None = field(default=None, compare=False)
     X: Tensor | None = field(default=None, compare=False)
+    own: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def h(self) -> float:
@@ -111,6 +117,14 @@ class Architecture:
     def _reading(self) -> frozenset[int]:
         return frozenset(self.readers)
 
+    def reads_out(self, i: int) -> tuple[int, ...]:
+        """The outputs that agent `i` has a part in: its own, or the sums on their way."""
+        return tuple(range(self.outputs)) if self.own is None else self.own[i]
+
+    def finishes(self, i: int) -> bool:
+        """Whether outputs are complete at agent `i`, which then holds the labels and a bias."""
+        return i == self.tree.root if self.own is None else bool(self.own[i])
+
     def stacked(self, agents: tuple[int, ...], whole: bool = False) -> Tensor:
         """Positions in `p` of the states of `agents`, one after the other; if whole, in `y`."""
         rows = [torch.arange(self.n)[self.rows[l]] for l in agents]
@@ -118,7 +132,7 @@ class Architecture:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the dense weights."""
-        n, L, C, N = self.n, self.patterns.layers, self.classes, sum(self.sizes)
+        n, L, C, N = self.n, self.patterns.layers, self.outputs, sum(self.sizes)
         shapes: dict[str, tuple[int, ...]] = {
             "encoder.weight": (2 * n, self.features),
             "encoder.bias": (2 * n,),
@@ -147,10 +161,11 @@ class Architecture:
             couples = (rows[:, None], self.stacked(self.patterns.R.rows[i], whole))
             per_layer = self.J is not None and self.J.dim() == 3
             blocks[self.coupling[0]] = (everything, *couples) if per_layer else couples
+        outputs = torch.tensor(self.reads_out(i), dtype=torch.long)
         if i in self._reading:
-            blocks["readout.weight"] = (everything, both)
-        if i == self.tree.root:
-            blocks["readout.bias"] = (everything,)
+            blocks["readout.weight"] = (outputs[:, None], both)
+        if self.finishes(i):
+            blocks["readout.bias"] = (outputs,)
         return blocks
 
     def mask(self, i: int) -> Tensor:
@@ -193,7 +208,7 @@ class Architecture:
             return draw.div(max(inputs, 1) ** 0.5).to(dtype)
 
         d, seen = self.patterns.sizes[i], len(self.columns[i])
-        L, C = self.patterns.layers, self.classes
+        L, C = self.patterns.layers, len(self.reads_out(i))
         mask, N_i = self.mask(i), self.sizes[i]
         if self.encoder == "linear":
             encoder = gaussian(2 * d, seen, inputs=seen)
@@ -221,8 +236,9 @@ class Architecture:
                 dim=1,
             )
         if i in self._reading:
-            weights["readout.weight"] = gaussian(C, 2 * d, inputs=2 * self.n)
-        if i == self.tree.root:
+            states = self.n if self.own is None else d
+            weights["readout.weight"] = gaussian(C, 2 * d, inputs=2 * states)
+        if self.finishes(i):
             weights["readout.bias"] = torch.zeros(C, dtype=dtype)
         return weights
 
@@ -247,6 +263,12 @@ class Architecture:
             readers: the readers among them, by their new numbers.
             tree: the tree that is left, by their new numbers.
         """
+        own, outputs = self.own, self.outputs
+        if own is not None:  # outputs are those of somebody
+            left = sorted(k for i in agents for k in own[i])
+            place = {k: new for new, k in enumerate(left)}
+            own = tuple(tuple(place[k] for k in own[i]) for i in agents)
+            outputs = len(left)
         y = self.stacked(agents)
         both = torch.cat([y, self.n + y])
         return replace(
@@ -257,6 +279,8 @@ class Architecture:
             enter=tuple(self.enter[i] for i in agents),
             readers=readers,
             tree=tree,
+            own=own,
+            outputs=outputs,
             J=None if self.J is None else self.J[..., both[:, None], both],
             X=None if self.X is None else self.X[y[:, None], y],
         )
@@ -295,7 +319,7 @@ class Architecture:
             zeros: whether to count those too that are stored among them and stay zero: the rest of
                 a triangle, and where other layers have an edge.
         """
-        d, C, rows = self.patterns.sizes[i], self.classes, self.sizes[i]
+        d, C, rows = self.patterns.sizes[i], len(self.reads_out(i)), self.sizes[i]
         graphs = [self.patterns.K] * self.patterns.layers if zeros else self.patterns.T
         entries = sum(sum(self.sizes[l] for l in T.rows[i]) for T in graphs) * rows
         if self.member.upper and not zeros:  # the own block is so too
@@ -306,11 +330,11 @@ class Architecture:
             total += 2 * d * (len(self.columns[i]) + 1)
         if self.train_X:
             total += d * sum(self.patterns.sizes[l] for l in self.patterns.R.rows[i])
-        return total + (2 * d * C if i in self._reading else 0) + (C if i == self.tree.root else 0)
+        return total + (2 * d * C if i in self._reading else 0) + (C if self.finishes(i) else 0)
 
     def count_dense(self) -> int:
         """How many numbers the same model trains on the complete graph."""
-        n, C, N, L = self.n, self.classes, sum(self.sizes), self.patterns.layers
+        n, C, N, L = self.n, self.outputs, sum(self.sizes), self.patterns.layers
         entries = N * (N - 1) // 2 if self.member.upper else N * N
         total = L * (len(self.member.matrices) * entries + len(self.member.vectors) * N)
         total += 2 * n * C + C

@@ -156,8 +156,9 @@ class Report:
         parameters, dense_parameters: trained by all agents, and on the complete graph.
         depth: layers N.
         layers_to_cross: until everybody's state depends on everybody's input; None for never.
-        root: the agent that holds the labels.
+        root: the agent that holds the labels, unless agents read out for themselves.
         tree_depth: hops that the scores travel to it.
+        own_targets: how many agents read out targets by themselves, with no root.
         replicas: copies of all agents.
         shares: samples of a step that each copy takes.
         actors, nodes: the placement, tried out on the nodes.
@@ -194,6 +195,7 @@ class Report:
     layers_to_cross: int | None
     root: str
     tree_depth: int
+    own_targets: int
     replicas: int
     shares: tuple[int, ...]
     actors: tuple[ActorReport, ...]
@@ -279,6 +281,7 @@ def examine(job: Job, nodes: Sequence[Node], calibration: Calibration | None = N
         layers_to_cross=patterns.layers_to_cross() if examined else None,
         root=names[job.root],
         tree_depth=len(architecture.tree.levels),
+        own_targets=0 if architecture.own is None else len(architecture.readers),
         replicas=copies,
         shares=tuple(taken.stop - taken.start for taken in shares),
         actors=tuple(
@@ -394,9 +397,10 @@ def _step(job: Job) -> Iterator[Phase]:
     yield _phase(job, "layers backward", backward[scores:])
     if (copies := job.spec.cluster.replicas) > 1:
         # A ring among the copies of an actor: 2 (R - 1) messages one after the other, in which
-        # every number is sent as often. The root adds the loss and the right answers.
+        # every number is sent as often. Where there are labels the tally is added.
         agents = range(len(job.topology.agents))
-        numbers = 2 + sum(job.architecture.count(i, zeros=True) for i in agents)
+        tallies = (3 if job.data.targets else 2) * sum(map(job.architecture.finishes, agents))
+        numbers = tallies + sum(job.architecture.count(i, zeros=True) for i in agents)
         turns = 2 * (copies - 1)
         yield Phase("sums over the copies", turns, turns * numbers * job.dtype.itemsize)
     yield _phase(job, "norm of the gradient", plan.clipping)
@@ -433,7 +437,8 @@ def _warnings(job: Job, report: Report) -> Iterator[str]:
     if report.examined and (unread := _unread(job)):
         yield (
             f"the scores do not depend on the input of {few(unread)}: "
-            "add layers or edges, or read at more agents (model.readout.agents)"
+            "add layers or edges, or read at more agents "
+            f"({'model.readout.agents' if job.architecture.own is None else 'data.targets'})"
         )
     if job.spec.model.encoder == "pad":
         yield (
@@ -557,7 +562,10 @@ def _step_section(report: Report) -> Iterator[RenderableType]:
     total = sum(phase.bytes for phase in report.step)
     table.add_row("all", str(sum(phase.rounds for phase in report.step)), size(total))
     yield table
-    yield Text(f"scores travel {report.tree_depth} hops to the root {report.root}")
+    if report.own_targets:
+        yield Text(f"{report.own_targets} agents read out their own targets: no scores travel")
+    else:
+        yield Text(f"scores travel {report.tree_depth} hops to the root {report.root}")
     if busiest := report.busiest:
         yield Text(
             f"busiest link: {busiest.source} → {busiest.target}, {size(busiest.bytes)} a step"

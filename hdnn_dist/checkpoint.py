@@ -8,6 +8,7 @@
       summary.json              figures of the whole run
       absent.json               agents of the spec that are not to take part, if any
       tensorboard/              the same metrics as TensorBoard events
+      tracking.json             what MLflow or W&B call the run, if they were told of it
       checkpoints/
         step-00000230/
           manifest.json         step, digest of the job, SHA-256 of all files, cost so far
@@ -54,7 +55,8 @@ class Totals(BaseModel):
         seconds: wall time of `fit`.
         training_seconds: of it, in training steps.
         bytes_sent: between agents.
-        best_test_accuracy: of all evaluations.
+        best_test_accuracy: of all evaluations; None of targets.
+        best_test_r2: of targets, of all evaluations so far.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -62,7 +64,14 @@ class Totals(BaseModel):
     seconds: Amount = 0.0
     training_seconds: Amount = 0.0
     bytes_sent: Whole = 0
-    best_test_accuracy: Amount = 0.0
+    best_test_accuracy: Amount | None = 0.0
+    best_test_r2: float | None = None
+
+    @property
+    def best(self) -> float:
+        """The better of these, the larger."""
+        known = [n for n in (self.best_test_accuracy, self.best_test_r2) if n is not None]
+        return max(known, default=-math.inf)
 
 
 class Manifest(BaseModel):
@@ -75,7 +84,7 @@ class Manifest(BaseModel):
         spec: of that job, resolved, to say what has changed since; None if it was not given.
         files: bytes and SHA-256 by agent.
         totals: of the run so far.
-        accuracy: on the test set after these steps; None if it was not looked at.
+        accuracy: on the test set after these steps, R² of targets; None if it was not looked at.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -184,10 +193,10 @@ def write_checkpoint(
         state: digest of what the agents' states belong to.
         totals: of the run so far.
         save_agents: writes every agent's file into a folder and returns the checksums by agent.
-        accuracy: on the test set after these steps, if it was looked at.
+        accuracy: on the test set after these steps, R² of targets, if it was looked at.
         spec: of the job, resolved.
         keep_last: how many of the newest are kept.
-        keep_best: whether the one with the best accuracy is kept beside them.
+        keep_best: whether the one with the best of these is kept beside them.
 
     Raises:
         StorageError: something cannot be written or removed; the checkpoints before are whole.
@@ -246,7 +255,7 @@ def verify(folder: Place, manifest: Manifest) -> None:
 
 
 def best_checkpoint(run: Place) -> Place | None:
-    """The newest of those checkpoints that had the best accuracy; None if none was looked at."""
+    """The newest of those that had the best accuracy, or R²; None if none was looked at."""
     accuracies = {}
     for folder in checkpoints(run):
         try:

@@ -6,7 +6,9 @@ torch and ray take seconds to import, so the commands import what they need, whe
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import signal
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hdnn_dist.job import Job
+    from hdnn_dist.storage import Place
     from hdnn_dist.submission import Jobs
-    from hdnn_dist.trainer import Summary
+    from hdnn_dist.trainer import Listener, Summary
 
 
 class _Commands(TyperGroup):
@@ -85,6 +88,24 @@ Address = Annotated[
 ]
 Local = Annotated[bool, typer.Option("--local", help="All agents in this process, without Ray.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Profile = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=1000,
+        metavar="STEPS",
+        help="Write RUN/trace.json, which tells for so many steps who did what when.",
+    ),
+]
+
+
+class Track(StrEnum):
+    """What is told of a run, beside its own files."""
+
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
 PartOption = Annotated[Part, typer.Option(help="Which samples.")]
 
 
@@ -188,6 +209,14 @@ def train(
     address: Address = None,
     local: Local = False,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events.")] = True,
+    ui: Annotated[
+        bool,
+        typer.Option("--ui", help="Show it in TensorBoard, on this machine, while it trains."),
+    ] = False,
+    track: Annotated[
+        list[Track] | None, typer.Option(help="Tell it to a tracker as well. Repeats.")
+    ] = None,
+    profile: Profile = 0,
 ) -> None:
     """Train a job, or continue a run."""
     _refuse_both(address, local)
@@ -200,6 +229,7 @@ def train(
     from hdnn_dist.console import view
     from hdnn_dist.run import check_is_shared, create, finished, reopen, vacant
     from hdnn_dist.storage import place
+    from hdnn_dist.trainer import TRACE
 
     # Before a cluster is started for it.
     folder = vacant(job, run) if resume is None else place(resume)
@@ -216,6 +246,7 @@ def train(
         import torch._dynamo  # for the optimisers
     if tensorboard:
         import torch.utils.tensorboard  # noqa: F401
+    told = [view(Console()), *_trackers(folder, track or (), ui=ui)]
     _tidy_up_from_here()
     with closing(launch(job, local=local, address=address)) as runner:
         if resume is None:
@@ -224,7 +255,14 @@ def train(
         hint = f"continue with: hdnn-dist train --resume {folder}{options}"
         try:
             with _interrupt_sets(threading.Event()) as stop:
-                summary = fit(runner, folder, [view(Console())], tensorboard=tensorboard, stop=stop)
+                summary = fit(
+                    runner,
+                    folder,
+                    told,
+                    tensorboard=tensorboard,
+                    stop=stop,
+                    profile=profile,
+                )
         except KeyboardInterrupt:
             print(f"interrupted; {hint}", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -235,6 +273,27 @@ def train(
             print(hint, file=sys.stderr)
             raise typer.Exit(code) from None
     _print_summary(summary)
+    if profile:
+        print(f"trace: {folder / TRACE}, for https://ui.perfetto.dev or chrome://tracing")
+
+
+def _trackers(folder: Place, wanted: Sequence[Track], ui: bool) -> Iterator[Listener]:
+    """Who else is told of a run; TensorBoard is started if it is to be shown."""
+    if not (wanted or ui):
+        return
+    from hdnn_dist.tracking import MLflow, TensorBoard, WandB, serve
+
+    kinds = {Track.mlflow: MLflow, Track.wandb: WandB}
+    for name in dict.fromkeys(wanted):
+        yield kinds[name](folder)
+    if ui:
+        if not isinstance(folder, Path):
+            raise UserError(
+                f"--ui shows TensorBoard's events, but {folder} is no local path, and gets none",
+                "choose a local --run, or --track",
+            )
+        print(f"TensorBoard, until this command ends: {serve(folder)}", flush=True)
+        yield TensorBoard(folder, figures=True)
 
 
 JobServer = Annotated[
@@ -260,6 +319,7 @@ def submit(
         str | None, typer.Option(metavar="RUN", help="Continue this run instead.")
     ] = None,
     address: JobServer = JOB_SERVER,
+    profile: Profile = 0,
     follow: Annotated[bool, typer.Option(help="Show what it prints until it ends.")] = True,
 ) -> None:
     """Train a job, or continue a run, on a cluster elsewhere; package and spec are sent there."""
@@ -271,9 +331,9 @@ def submit(
         elsewhere(data_dir, "--data-dir")
     changes = _overrides(overrides, data_dir)
     if resume is None:
-        resolved, entry = _load(spec, changes).spec, command(where)
+        resolved, entry = _load(spec, changes).spec, command(where, profile=profile)
     else:
-        resolved, entry = None, command(where, changes, resume=True)
+        resolved, entry = None, command(where, changes, resume=True, profile=profile)
     _tidy_up_from_here()
     jobs = Jobs(address)
     id = jobs.submit(entry, resolved)
@@ -366,20 +426,22 @@ def evaluate(
     local: Local = False,
     as_json: AsJson = False,
 ) -> None:
-    """Loss and accuracy of a run's latest checkpoint."""
+    """Loss and accuracy of a run's latest checkpoint; of targets RMSE and R²."""
     _refuse_both(address, local)
     from hdnn_dist.api import open_run
     from hdnn_dist.checkpoint import to_json
+    from hdnn_dist.console import scores
 
     changes = _overrides(overrides, data_dir)
     _tidy_up_from_here()
     with open_run(run, overrides=changes, local=local, address=address) as (runner, step):
         result = runner.evaluate(part.value)
     if as_json:
-        print(to_json({"part": part.value, "step": step, **asdict(result)}))
+        told = {"loss": result.loss, **result.scores, "samples": result.samples}
+        print(to_json({"part": part.value, "step": step, **told}))
     else:
         print(
-            f"{part.value} accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
+            f"{part.value} {', '.join(scores(result.scores))}, loss {result.loss:.4f} "
             f"({result.samples} samples, step {step})"
         )
 
@@ -400,7 +462,7 @@ def predict(
     address: Address = None,
     local: Local = False,
 ) -> None:
-    """Classes and their probabilities as CSV, by a run's latest checkpoint."""
+    """Classes and their probabilities, or targets, as CSV, by a run's latest checkpoint."""
     _refuse_both(address, local)
     from hdnn_dist.api import open_run
     from hdnn_dist.checkpoint import write_text
@@ -416,11 +478,22 @@ def predict(
         load_rows(reopen(run, changes).spec.data, rows, ())
     _tidy_up_from_here()
     with open_run(run, overrides=changes, local=local, address=address) as (runner, _):
-        probabilities = runner.predict(part.value if rows is None else rows.absolute())
+        predicted = runner.predict(part.value if rows is None else rows.absolute())
+        targets = runner.job.data.targets
+    text = _csv_of_targets(predicted, targets) if targets else _csv(predicted)
     if out is None:
-        sys.stdout.write(_csv(probabilities))
+        sys.stdout.write(text)
     else:
-        write_text(out, _csv(probabilities))
+        write_text(out, text)
+
+
+def _csv_of_targets(predicted: np.ndarray, names: Sequence[str]) -> str:
+    """A line a sample: its index, and its targets in their units."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["index", *names])
+    lines.writerows([k, *(f"{v:.6g}" for v in row)] for k, row in enumerate(predicted))
+    return text.getvalue()
 
 
 def _csv(probabilities: np.ndarray) -> str:
@@ -708,10 +781,10 @@ def schema() -> None:
 
 
 def _print_summary(summary: Summary) -> None:
-    from hdnn_dist.console import duration, size
+    from hdnn_dist.console import duration, scores, size
 
     print(
-        f"test accuracy {summary.test_accuracy:.2%}, loss {summary.test_loss:.4f}; "
+        f"test {', '.join((*scores(summary.test_scores), f'loss {summary.test_loss:.4f}'))}; "
         f"{summary.epochs} epochs in {duration(summary.seconds)}, "
         f"{summary.samples_per_second:,.0f} samples/s, {size(summary.bytes_sent)} sent\n"
         f"run: {summary.run}"

@@ -1,8 +1,8 @@
 """Ray: the control plane. It places actors, tells them what to do and watches over them.
 
 No message of a layer passes through Ray: the actors form a torch.distributed group among
-themselves, and `hdnn_dist.transport` carries the rounds. Only this module, `actor`, `joining` and
-`submission` import ray.
+themselves, and `hdnn_dist.transport` carries the rounds. Only this module, `actor`, `gauges`,
+`joining` and `submission` import ray.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import (
 from torch import Tensor
 
 from hdnn_dist.actor import START, AgentActor, actor_class
-from hdnn_dist.agent import Evaluation, Fault, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult, whole
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part
@@ -48,6 +48,7 @@ from hdnn_dist.errors import (
     TransportError,
     few,
 )
+from hdnn_dist.gauges import RunGauges
 from hdnn_dist.job import Job
 from hdnn_dist.joining import as_node, knock, start
 from hdnn_dist.placement import (
@@ -61,6 +62,7 @@ from hdnn_dist.placement import (
     shortage,
 )
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Track, clock_ahead
 from hdnn_dist.worker import PARTS, Times
 
 SLICE = 2.0  # seconds between two looks: at what the cluster has, at who is still alive
@@ -110,6 +112,7 @@ class RayRunner:
         try:
             if self._own_ray:
                 start(address_of(job.spec.cluster, address))
+            self._gauges = RunGauges(job.topology.name)
             self._launch()
         except BaseException:
             self.close()
@@ -137,6 +140,7 @@ class RayRunner:
             raise
         except Exception as error:  # Ray raises nothing more precise when its head is gone
             raise RunError(f"Ray failed while the actors were placed: {error}") from error
+        self._gauges.formed()
         self._form()
 
     def _clear_suspects(self) -> None:
@@ -290,22 +294,46 @@ class RayRunner:
         )
 
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
+        started = time.perf_counter()
         answers = self._all("train", steps)[: len(self.packing)]  # the same in all copies
-        return [result for results in answers for result in results]
+        results = _together(answers)
+        self._gauges.trained(results, time.perf_counter() - started)
+        return results
+
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:  # noqa: D102
+        answers = self._all("profile", steps)
+        results = _together([own for own, _ in answers[: len(self.packing)]])
+        clocks = {  # a node has one for all its actors
+            node: clock_ahead(partial(self._clock, self._nodes.index(node)))
+            for node in dict.fromkeys(self._nodes)
+        }
+        return results, [
+            replace(track, node=node, ahead=clocks[node][0], error=clocks[node][1])
+            for (_, track), node in zip(answers, self._nodes, strict=True)
+        ]
+
+    def _clock(self, rank: int) -> tuple[str, float]:
+        [told] = self._ask([(rank, "clock", ())])
+        machine, now = told
+        return str(machine), float(now)
 
     def faults(self) -> list[Fault]:  # noqa: D102
         return [fault for faults in self._all("faults") for fault in faults]
 
     def evaluate(self, part: Part = "test") -> Evaluation:  # noqa: D102
         answers = self._all("evaluate", part)[: len(self.packing)]  # the same in all copies
-        evaluation: Evaluation = _only(answers)
+        evaluation: Evaluation = whole([answer for answer in answers if answer is not None])
+        if part == "test":
+            self._gauges.evaluated(evaluation)
         return evaluation
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:  # noqa: D102
         if source not in PARTS:  # actors work elsewhere
             source = os.path.abspath(source)
-        shares = [share for share in self._all("predict", source) if share is not None]
-        return np.concatenate(shares)
+        answers, actors = self._all("predict", source), len(self.packing)
+        copies = (answers[k : k + actors] for k in range(0, len(answers), actors))
+        told = [[part for part in copy if part is not None] for copy in copies]
+        return np.concatenate([reduce(operator.add, parts) for parts in told if parts])
 
     def sent(self) -> Counter[tuple[int, int]]:  # noqa: D102
         return sum(self._all("sent"), Counter())
@@ -511,6 +539,11 @@ def _in_short(error: RayError) -> str:
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
+def _together(answers: Sequence[Sequence[StepResult]]) -> list[StepResult]:
+    """Step by step, what actors with a part of the outputs know of it; the others say nothing."""
+    return [whole(parts) for parts in zip(*filter(None, answers), strict=True)]
+
+
 def _held(wanted: Sequence[Demand]) -> str:
     """What is free of all that actors ask for, on a cluster that could hold them."""
     there, free = ray.cluster_resources(), ray.available_resources()
@@ -519,9 +552,3 @@ def _held(wanted: Sequence[Demand]) -> str:
     return (
         f"its resources are held by other jobs or split over its nodes; free: {', '.join(amounts)}"
     )
-
-
-def _only(answers: Sequence[Any]) -> Any:
-    """The answer of the actor that hosts the root; the others have none."""
-    [answer] = [answer for answer in answers if answer is not None]
-    return answer

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -13,9 +14,13 @@ from rich.text import Text
 
 from hdnn_dist.agent import Evaluation, Fault, StepResult
 from hdnn_dist.errors import LostError
-from hdnn_dist.trainer import Listener, Progress, Runner
+from hdnn_dist.placement import called
+from hdnn_dist.trainer import Listener, Progress, Runner, Summary
+from hdnn_dist.worker import Times, slowest
 
 QUIET = 5.0  # seconds between two plain lines, at least
+LONG = 0.1  # of a step: waiting of which is told
+log = logging.getLogger("hdnn_dist")
 
 
 def view(console: Console) -> Listener:
@@ -39,11 +44,22 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def scores(found: Mapping[str, float], digits: int = 2) -> tuple[str, ...]:
+    """Scores (see `hdnn_dist.agent.scores_of`) for people: "accuracy 97.50%" or "RMSE 0.12"."""
+    width = digits + 5
+    forms = {
+        "accuracy": f"accuracy {{:{width if digits == 1 else ''}.{digits}%}}",
+        "rmse": "RMSE {:.4g}",
+        "r2": f"R² {{:.{digits + 2}f}}",
+    }
+    return tuple(forms[name].format(score) for name, score in found.items())
+
+
 def figures(progress: Progress) -> tuple[str, ...]:
-    """Loss, accuracy and speed, as wide as they were before."""
+    """Loss, scores and speed, as wide as they were before."""
     return (
         f"loss {progress.loss:.4f}",
-        f"accuracy {progress.accuracy:6.1%}",
+        *scores(progress.scores, digits=1),
         f"{progress.samples_per_second:,.0f} samples/s",
     )
 
@@ -62,10 +78,8 @@ def header(runner: Runner, step: int) -> Iterator[str]:
 
 def verdict(step: int, epoch: int, evaluation: Evaluation) -> str:
     """An evaluation in a line."""
-    return (
-        f"epoch {epoch:3}  step {step}  test accuracy {evaluation.accuracy:.2%}  "
-        f"loss {evaluation.loss:.4f}"
-    )
+    told = "  ".join(scores(evaluation.scores))
+    return f"epoch {epoch:3}  step {step}  test {told}  loss {evaluation.loss:.4f}"
 
 
 def loss(cause: LostError, restart: int) -> str:
@@ -80,6 +94,42 @@ def change(step: int, left: Sequence[str], joined: Sequence[str]) -> str:
     return f"goes on {' and '.join(parts)} from step {step}"
 
 
+def waiting(times: Sequence[Times]) -> str | None:
+    """For whom the other actors waited in an epoch, in a line; None if for nobody, or not long."""
+    busy = [1e3 * (own.total - own.wait) / own.steps for own in times]
+    step = max(1e3 * own.total / own.steps for own in times)
+    slow = slowest(busy)
+    others = [each for k, each in enumerate(busy) if k not in slow]
+    if not slow or max(busy) - sum(others) / len(others) < LONG * step:
+        return None
+    names = called([name for k in slow for name in times[k].agents])
+    who = f"actors of {names}: they were" if len(slow) > 1 else f"actor of {names}: it was"
+    return (
+        f"the others wait for the {who} at work for {max(busy):.3g} ms of a step of {step:.3g} ms, "
+        f"and the others for {sum(others) / len(others):.3g} ms on average"
+    )
+
+
+class _View(Listener):
+    """Says in the end for whom the others waited in the last epoch.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._times: Sequence[Times] = ()
+
+    def timed(self, step: int, times: Sequence[Times]) -> None:
+        """See `Listener`; so too below."""
+        self._times = times
+
+    def ended(self, summary: Summary) -> None:
+        if self._times and (line := waiting(self._times)) is not None:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class _TwoRows(Bar):
     """A bar with figures below it, which go on in the next row where a terminal is narrow."""
 
@@ -89,7 +139,7 @@ class _TwoRows(Bar):
             yield Columns(map(Text, task.fields["figures"]), padding=(0, 2))
 
 
-class LiveView(Listener):
+class LiveView(_View):
     """A progress bar with the figures of the moment; each evaluation leaves a line above it.
 
     Args:
@@ -97,7 +147,7 @@ class LiveView(Listener):
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self._bar = _TwoRows(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),  # takes what the others leave
@@ -150,7 +200,7 @@ class LiveView(Listener):
         self._bar.stop()
 
 
-class PlainView(Listener):
+class PlainView(_View):
     """Lines for logs: one an evaluation, and now and then one on progress.
 
     Args:
@@ -158,7 +208,7 @@ class PlainView(Listener):
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self._last = time.monotonic()
 
     def started(self, runner: Runner, step: int) -> None:
@@ -190,3 +240,43 @@ class PlainView(Listener):
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._last = time.monotonic()
+
+
+class LogView(Listener):
+    """Log records of the run's course, for who collects those (`hdnn_dist.logs`)."""
+
+    def started(self, runner: Runner, step: int) -> None:
+        """See `Listener`; so too below."""
+        log.info("; ".join(header(runner, step)), extra={"step": step})
+
+    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
+        log.info(
+            "steps taken",
+            extra={
+                "step": progress.step,
+                "epoch": progress.epoch,
+                "loss": progress.loss,
+                "accuracy": progress.accuracy,
+                "samples_per_second": round(progress.samples_per_second, 1),
+            },
+        )
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
+        found = {"test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy}
+        log.info("test set gone through", extra={"step": step, "epoch": epoch, **found})
+
+    def skipped(self, fault: Fault) -> None:  # noqa: D102
+        extra = {"step": fault.step, "agents": [fault.agent]}
+        log.warning("skipped %s", fault, extra=extra)
+
+    def lost(self, cause: LostError, restart: int) -> None:  # noqa: D102
+        log.warning("lost: %s", cause, extra={"agents": list(cause.agents), "restart": restart})
+
+    def regrouped(  # noqa: D102
+        self, step: int, left: Sequence[str], joined: Sequence[str]
+    ) -> None:
+        log.info(change(step, left, joined), extra={"step": step})
+
+    def ended(self, summary: Summary) -> None:  # noqa: D102
+        extra = {"step": summary.steps, "run": summary.run, "seconds": round(summary.seconds, 3)}
+        log.info("the run is complete", extra=extra)

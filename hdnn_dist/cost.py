@@ -168,7 +168,7 @@ def work_of(job: Job) -> list[Work]:
             products[2 * d * D * B] += passes * couplings * plan.depth
         width = 2 * architecture.patterns.sizes[i]
         products[2 * width * len(architecture.columns[i]) * B] += 2
-        products[2 * width * architecture.classes * B] += 3
+        products[2 * width * len(architecture.reads_out(i)) * B] += 3
         half_steps = passes * len(updates) * plan.depth
         result.append(Work(half_steps, sent[i], numbers, kept, products))
     return result

@@ -36,7 +36,14 @@ from hdnn_dist.spec import (
     StripeSplit,
 )
 from hdnn_dist.storage import check_regular
-from hdnn_dist.tables import class_names, describe_table, read_classes, read_columns
+from hdnn_dist.tables import (
+    class_names,
+    describe_table,
+    read_classes,
+    read_columns,
+    read_targets,
+    target_names,
+)
 
 __all__ = [
     "DataInfo",
@@ -51,6 +58,7 @@ __all__ = [
     "load_images",
     "load_labels",
     "load_rows",
+    "load_targets",
     "locate_mnist",
     "moments",
     "scaled",
@@ -58,6 +66,8 @@ __all__ = [
     "shift_images",
     "shifts",
     "split_features",
+    "split_targets",
+    "target_moments",
 ]
 
 MAX_VALUES = 10**8  # of a file of new samples: what is made of them is in memory
@@ -69,7 +79,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What is known of a data set without loading it; ``image`` is (height, width)."""
+    """What is known of a data set without loading it; ``image`` is (height, width).
+
+    It has classes, or ``targets``, which are numbers.
+    """
 
     name: DataName
     features: int
@@ -77,6 +90,12 @@ class DataInfo:
     image: tuple[int, int] | None
     train: int
     test: int
+    targets: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers are to be told of a sample."""
+        return len(self.targets) or self.classes
 
     def samples(self, part: Part) -> int:
         """How many samples a part has."""
@@ -116,10 +135,13 @@ def describe(spec: DataSpec) -> DataInfo:
     Raises:
         SpecError: more samples are asked for than there are, or a folder for a set without files.
     """
+    _check_targets(spec)
     if spec.name == "table":
-        table, classes = describe_table(spec), class_names(spec)
-        assert classes is not None
-        info = DataInfo("table", len(table.names), len(classes), None, table.train, table.test)
+        table, classes = describe_table(spec), class_names(spec) or ()
+        size = table.train, table.test
+        info = DataInfo(
+            "table", len(table.names), len(classes), None, *size, targets=target_names(spec)
+        )
     else:
         info = SETS[spec.name]
     if spec.dir is not None and spec.name not in ("mnist", "table"):
@@ -137,6 +159,20 @@ def describe(spec: DataSpec) -> DataInfo:
                 f"give at most {there}, or leave it out to use all",
             )
     return replace(info, train=train, test=test)
+
+
+def _check_targets(spec: DataSpec) -> None:
+    loc = ("data", "targets")
+    if spec.targets is None:
+        return
+    if spec.name != "table":
+        raise SpecError(loc, f"{spec.name} has classes, not targets", "leave targets out")
+    if spec.classes is not None:
+        raise SpecError(loc, "both targets and classes are given", "leave one of them out")
+    names = target_names(spec)
+    for k, name in enumerate(names):
+        if name in names[:k]:
+            raise SpecError(loc, f"the target {name!r} is named twice", "name it once")
 
 
 # --- who sees what -------------------------------------------------------------------------------
@@ -180,6 +216,21 @@ def _check_names(
         if name in seen:
             raise SpecError(place, f"agent {name!r} is named twice", "name it once")
         seen.add(name)
+
+
+def split_targets(
+    spec: DataSpec, info: DataInfo, names: Sequence[str]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Per agent, the numbers of its own targets; None if all are the root's.
+
+    Raises:
+        SpecError: one is given to an agent that there is not.
+    """
+    if not isinstance(spec.targets, dict):
+        return None
+    _check_names(("data", "targets"), spec.targets, names)
+    place = {name: k for k, name in enumerate(info.targets)}
+    return tuple(tuple(place[t] for t in spec.targets.get(name, ())) for name in names)
 
 
 def _by_index(spec: DataSpec, split: ColumnSplit) -> IndexSplit:
@@ -331,6 +382,17 @@ def load_labels(spec: DataSpec, part: Part) -> Ints:
     return labels
 
 
+def load_targets(spec: DataSpec, part: Part, names: Sequence[str]) -> Floats:
+    """The standardised targets ``names`` of every sample, (n, len(names)); no others are kept.
+
+    Raises:
+        DataError: the file cannot be read, or one of them is no finite number.
+    """
+    mean, std = target_moments(spec, names)
+    raw = read_targets(spec, part, names)[: describe(spec).samples(part)]
+    return ((raw - mean) / std).astype(np.float32)
+
+
 def load_rows(spec: DataSpec, path: Path, columns: Sequence[int]) -> Floats:
     """New samples from an ``.npy`` file, scaled like the data set: (n, len(columns)).
 
@@ -375,7 +437,15 @@ def moments(spec: DataSpec, columns: Sequence[int]) -> tuple[Array, Array]:
 
     A feature that never changes has the deviation 1.
     """
-    x_BF = read_columns(spec, "train", columns)[: describe(spec).train]
+    return _moments(read_columns(spec, "train", columns)[: describe(spec).train])
+
+
+def target_moments(spec: DataSpec, names: Sequence[str]) -> tuple[Array, Array]:
+    """Mean and deviation of targets over the training set, as ``moments``."""
+    return _moments(read_targets(spec, "train", names)[: describe(spec).train])
+
+
+def _moments(x_BF: Array) -> tuple[Array, Array]:
     std = x_BF.std(0)
     return x_BF.mean(0), np.where(std > 0, std, 1.0)
 

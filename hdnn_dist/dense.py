@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hdnn_dist.api import load
 from hdnn_dist.checkpoint import latest_checkpoint, write_json
-from hdnn_dist.data import PIXELS, moments
+from hdnn_dist.data import PIXELS, moments, target_moments
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
@@ -43,10 +43,11 @@ def export(run: Where, out: Where | None = None, *, onnx: bool = False) -> list[
 
     ::
 
-        model.pt2           torch.export.load(…).module()(x): scores (B, C) of features (B, F)
+        model.pt2           torch.export.load(…).module()(x): scores (B, C) of features (B, F);
+                            of targets these are standardised
         model.safetensors   the dense weights by name (see `hdnn_dist.architecture`)
         model.onnx          the program as ONNX, if asked for
-        model.json          sizes, and how raw values become features
+        model.json          sizes, how raw values become features, what the outputs are
 
     This gathers all agents' weights in one place, as `load` does.
 
@@ -139,6 +140,15 @@ def _description(job: Job, step: int) -> dict[str, Any]:
             "mean": mean,
             "std": std,
         },
-        "output": {"shape": ["batch", job.data.classes], "is": "scores; softmax: probabilities"},
+        "output": {"shape": ["batch", job.data.outputs], **_output(job)},
         "absent": list(job.absent),
     }
+
+
+def _output(job: Job) -> dict[str, Any]:
+    names = job.data.targets
+    if not names:
+        return {"is": "scores; softmax: probabilities"}
+    mean, std = (column.tolist() for column in target_moments(job.spec.data, names))
+    told = "standardised targets: in their units std * output + mean"
+    return {"is": told, "targets": list(names), "mean": mean, "std": std}

@@ -9,7 +9,8 @@ edge `l → i`::
     pull     i → l   Kq[i, l]ᵀ s^i          agent l sums;      pull   = states.adjoint
     mix      l → i   z^l                    agent i forms Σ_l X[i, l] z^l, or with J for X
     mix*     i → l   X[i, l]ᵀ z^i           agent l sums;      mix*   = mix.adjoint
-    collect  child → parent                 a parent sums the scores of its subtree
+    collect  child → parent                 a parent sums the scores of its subtree; none where
+                                            agents read out for themselves
     spread   parent → child                 the cotangent of the scores; spread = collect.adjoint
 
 A round without messages is not run.
@@ -163,7 +164,7 @@ class Plan:
             updates=architecture.member.updates,
             states=tuple(along_T[T] for T in patterns.T),
             mix=mix,
-            collect=_up(architecture.tree, "collect", architecture.classes, per_sample=True),
+            collect=_up(architecture.tree, "collect", architecture.outputs, per_sample=True),
             norm=_up(norm_tree, "norm", 1, per_sample=False) if norm_tree else (),
             recompute=recompute,
             interconnect=_run(*interconnect),

@@ -64,6 +64,7 @@ DRAWN = 400  # agents up to which a graph is a picture
 SHOWN = 64  # agents up to which it says who they are and what they see
 LISTED = 16  # agents up to which alternative text names all
 POINTS = 300  # of a curve at most
+DOTS = 2000  # of a cloud at most
 _FLOOR, _CEILING = 1e-200, 1e200  # what is lower or higher is drawn at these
 _RC: dict[Any, Any] = {
     "axes.edgecolor": LIGHT["soft"],
@@ -240,7 +241,8 @@ def topology(job: Job, hosts: Sequence[int] | None, name: str = "topology") -> C
                     zorder=4,
                 )
                 axes.add_patch(part)
-            said = f"{names[i]}, root" if i == job.root else names[i]
+            has_root = job.architecture.own is None
+            said = f"{names[i]}, root" if has_root and i == job.root else names[i]
             axes.annotate(
                 said,
                 (place[0], bottom),
@@ -346,9 +348,12 @@ def _runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def _told(job: Job, hosts: Sequence[int] | None, carried: Mapping[tuple[int, int], int]) -> str:
     names, F = job.topology.names, job.data.features
     kind = "directed" if job.topology.directed else "undirected"
+    root = f"{names[job.root]} is the root of the readout."
+    if job.architecture.own is not None:
+        root = f"{len(job.architecture.readers)} agents read out their own targets."
     said = [
         f"{kind.capitalize()} graph of {len(names)} agents and {len(carried)} links in use.",
-        f"{names[job.root]} is the root of the readout.",
+        root,
     ]
     if carried:
         (i, l), most = max(carried.items(), key=lambda item: item[1])
@@ -620,3 +625,69 @@ def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
         f"{mistakes}."
     )
     return _chart(name, title, alt, draw, (4.3, 4.0))
+
+
+def fit(
+    name: str, true_BC: npt.NDArray[np.float64], predicted_BC: npt.NDArray[np.float64], r2: float
+) -> Chart:
+    """What was predicted of targets over what they are, all in their own units.
+
+    Args:
+        name: of the chart.
+        true_BC: the targets.
+        predicted_BC: what was predicted.
+        r2: of both.
+    """
+    true, predicted = true_BC.ravel(), predicted_BC.ravel()
+    total = len(true)
+    some = slice(None, None, max(1, math.ceil(total / DOTS)))
+    low, high = (
+        float(end([true.min(), predicted.min(), true.max(), predicted.max()])) for end in (min, max)
+    )
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_aspect("equal")
+        axes.plot((low, high), (low, high), color=LIGHT["ink"], linewidth=0.9)
+        dots = {"s": 5, "linewidths": 0, "alpha": 0.5, "color": LIGHT["c0"]}
+        axes.scatter(true[some], predicted[some], **dots)  # type: ignore[arg-type]
+        axes.set(xlabel="is", ylabel="predicted")
+
+    title = "Predicted and true"
+    off = np.abs(predicted - true)
+    alt = (
+        f"{title} numbers: {total} of the test set, from {true.min():.4g} to {true.max():.4g}. R² "
+        f"is {r2:.4f}; half of the predictions are off by less than {np.median(off):.3g}, one in "
+        f"twenty by more than {np.quantile(off, 0.95):.3g}."
+    )
+    return _chart(name, title, alt, draw, (4.3, 4.0))
+
+
+def errors(name: str, what: Sequence[str], rmse: Sequence[float]) -> Chart:
+    """The error of each agent's targets, or of each target.
+
+    Args:
+        name: of the chart.
+        what: whose.
+        rmse: root of the mean square of standardised errors: 1 is that of the training mean.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.barh(range(len(what)), rmse, color=LIGHT["c1"])
+        axes.axvline(1, color=LIGHT["ink"], linewidth=0.9)
+        many = len(what) > SHOWN
+        axes.set_yticks([] if many else range(len(what)), [] if many else what)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("RMSE over the target's deviation")
+
+    order = np.argsort(rmse)
+    best, worst = int(order[0]), int(order[-1])
+    title = "Error by agent or target"
+    alt = (
+        f"{title}: RMSE over the deviation of the targets, of {len(what)}. Least {rmse[best]:.3g} "
+        f"({what[best]}), largest {rmse[worst]:.3g} ({what[worst]})."
+    )
+    height = max(3.0, min(12.0, 1.0 + 0.22 * len(what)))
+    return _chart(name, title, alt, draw, (4.3, height))

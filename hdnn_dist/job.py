@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 
 from hdnn_dist.architecture import Architecture
-from hdnn_dist.data import DataInfo, View, describe, split_features
+from hdnn_dist.data import DataInfo, View, describe, split_features, split_targets
 from hdnn_dist.errors import SpecError, UserError, did_you_mean
 from hdnn_dist.exchange import Plan, Round
 from hdnn_dist.family import FAMILY
@@ -118,7 +118,8 @@ class Job:
                 f"use at most {batch}, or a larger training.batch_size",
             )
         views = split_features(spec.data, data, topology.names)
-        readers, tree = _readout(spec, topology)
+        own = split_targets(spec.data, data, topology.names)
+        readers, tree = _readout(spec, topology, own)
         _check_distortion(spec, data)
         _check_views(spec, topology, views)
         J, X = interconnection(topology, spec), given_X(topology, spec)
@@ -128,9 +129,10 @@ class Job:
             patterns=patterns_of(topology, spec, J, X),
             columns=tuple(view.columns for view in views),
             features=data.features,
-            classes=data.classes,
+            outputs=data.outputs,
             readers=readers,
             tree=tree,
+            own=own,
             member=FAMILY[spec.model.name](spec.model.h, _activation(spec)),
             encoder=spec.model.encoder,
             enter=tuple(enters.get(name, "p") for name in topology.names),
@@ -154,7 +156,8 @@ class Job:
         """The job of the same spec in which these agents, and no others, do not take part.
 
         The others keep what they see, hold and compute; only the blocks between them and those
-        that are absent are gone. The root stays the spec's, as it alone holds the labels.
+        that are absent are gone. The root stays the spec's, as it alone holds the labels; where
+        agents read out for themselves, their targets are gone with them.
 
         Raises:
             UserError: an agent is not the spec's, or those that are left cannot go on.
@@ -166,8 +169,8 @@ class Job:
         if not gone:
             return whole
         leaving = ", ".join(name for name in names if name in gone)
-        root = names[whole.root]
-        if root in gone:
+        root, own = names[whole.root], whole.architecture.own
+        if root in gone and own is None:
             raise UserError(
                 f"{root!r} is the root of the readout, which alone holds the labels",
                 "keep it, or train a new run with another model.readout.root",
@@ -181,7 +184,11 @@ class Job:
             what = "sees any input" if readers else "contributes to the scores"
             raise UserError(f"without {leaving} no agent is left that {what}", "keep one that does")
         try:
-            tree = topology.spanning_tree(topology.index(root), readers)
+            tree = (
+                topology.spanning_tree(topology.index(root), readers)
+                if own is None
+                else _no_tree(topology)
+            )
             norm_tree = _norm_tree(self.spec, topology, tree.root)
         except SpecError as error:
             raise UserError(
@@ -191,6 +198,7 @@ class Job:
         return replace(
             whole,
             topology=topology,
+            data=whole.data if own is None else _without_targets(whole.data, own, kept),
             views=tuple(whole.views[i] for i in kept),
             architecture=architecture,
             plan=Plan.of(architecture, norm_tree, whole.plan.recompute),
@@ -223,7 +231,7 @@ class Job:
 
     @property
     def root(self) -> int:
-        """The agent that holds the labels."""
+        """The agent that holds the labels, unless agents read out for themselves; sums norms."""
         return self.architecture.tree.root
 
     @property
@@ -293,6 +301,11 @@ def _written_out(topology: object) -> dict[str, Any]:
     return {"topology": section | {"directed": topology.directed}}
 
 
+def _without_targets(data: DataInfo, own: Sequence[Sequence[int]], kept: Sequence[int]) -> DataInfo:
+    left = sorted(k for i in kept for k in own[i])
+    return replace(data, targets=tuple(data.targets[k] for k in left))
+
+
 def _with_absolute_folder(spec: Spec, base: Path | None) -> Spec:
     """`data.dir` from the folder of the spec: actors and resumed runs work elsewhere."""
     if spec.data.dir is None:
@@ -301,10 +314,21 @@ def _with_absolute_folder(spec: Spec, base: Path | None) -> Spec:
     return spec.model_copy(update={"data": spec.data.model_copy(update={"dir": str(folder)})})
 
 
-def _readout(spec: Spec, topology: Topology) -> tuple[tuple[int, ...], Tree]:
-    """Who contributes to the scores, and the tree that sums them."""
+def _readout(
+    spec: Spec, topology: Topology, own: Sequence[Sequence[int]] | None
+) -> tuple[tuple[int, ...], Tree]:
+    """Who contributes to the scores, and the tree that sums them; with `own` outputs none does."""
     readout = spec.model.readout
     loc = ("model", "readout")
+    if own is not None:
+        if readout.agents != "all" or readout.root is not None:
+            key = "root" if readout.agents == "all" else "agents"
+            raise SpecError(
+                (*loc, key),
+                "data.targets are given by agent, and each reads out its own by itself",
+                f"leave {key} out, or give data.targets as a list for a root to read out",
+            )
+        return _readers(own), _no_tree(topology)
 
     def index(name: str, *place: str | int) -> int:
         try:
@@ -330,6 +354,16 @@ def _readout(spec: Spec, topology: Topology) -> tuple[tuple[int, ...], Tree]:
     else:
         root = topology.centre() if readout.agents == "all" else readers[0]
     return readers, topology.spanning_tree(root, readers)
+
+
+def _readers(own: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(i for i, outputs in enumerate(own) if outputs)
+
+
+def _no_tree(topology: Topology) -> Tree:
+    """A root that sums no scores, but may norms."""
+    root = topology.centre()
+    return Tree(root, {}, {root: 0})
 
 
 def _norm_tree(spec: Spec, topology: Topology, root: int) -> Tree | None:

@@ -1,22 +1,17 @@
-"""A run's metrics as files: one JSON record a line, and TensorBoard events."""
+"""A run's metrics as a file: one JSON record a line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import to_json
 from hdnn_dist.storage import Log, Place, kind, lines
 from hdnn_dist.trainer import Listener, Progress, Runner
 from hdnn_dist.worker import Times
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 MAX_LINE = 1 << 24  # bytes of a record: of all layers, or the names of all agents
 
@@ -33,6 +28,8 @@ class JsonLines(Listener):
         {"kind": "agents", "step": 22, "left": ["a3"], "joined": []}
         {"kind": "times", "step": 22, "actors": [{"agents": ["a1", "a2"], "steps": 22, "total": 0.9,
          "compute": [0.2, 0.2], "wait": 0.3, "node": "10.0.0.1 (1f2e3d4c)"}]}
+
+    Of targets there are "rmse" and "r2" in place of the accuracy.
 
     `norms` are `‖∂loss/∂y_j‖` of the states `y_0 … y_N` in an epoch's last step, over its batch.
 
@@ -65,7 +62,7 @@ class JsonLines(Listener):
                     "step": result.step,
                     "epoch": (result.step - 1) // self._steps_per_epoch + 1,
                     "loss": result.loss,
-                    "accuracy": result.correct / result.samples,
+                    **result.scores,
                     "lr": result.lr,
                     "grad_norm": result.grad_norm,
                     "samples_per_second": round(progress.samples_per_second, 1),
@@ -88,8 +85,8 @@ class JsonLines(Listener):
         self._write(record, ends=True)
 
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
-        record = {"kind": "eval", "step": step, "epoch": epoch, **asdict(evaluation)}
-        self._write(record, ends=True)
+        told = {"loss": evaluation.loss, **evaluation.scores, "samples": evaluation.samples}
+        self._write({"kind": "eval", "step": step, "epoch": epoch, **told}, ends=True)
 
     def close(self) -> None:  # noqa: D102
         if self._log is not None:
@@ -127,46 +124,3 @@ def _are_gradients(record: dict[str, Any]) -> bool:
     epoch, norms = record.get("epoch"), record.get("norms")
     kept = isinstance(norms, list) and all(isinstance(norm, float | None) for norm in norms)
     return isinstance(epoch, int) and kept
-
-
-class TensorBoard(Listener):
-    """Writes the metrics as TensorBoard events: `tensorboard --logdir RUN`.
-
-    Args:
-        run: the run directory, a local one: TensorBoard's writer appends to its files.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "tensorboard"
-        self._writer: SummaryWriter | None = None
-
-    def started(self, runner: Runner, step: int) -> None:
-        """See `Listener`; so too below."""
-        self.close()
-        # Imported here: it takes a second that runs without TensorBoard need not wait for.
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Events past the checkpoint, if any, are of steps that will be taken again.
-        purge_step = step + 1 if self.folder.exists() else None
-        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)
-
-    def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102
-        for result in results:
-            self._add("train/loss", result.loss, result.step)
-            self._add("train/accuracy", result.correct / result.samples, result.step)
-            self._add("train/lr", result.lr, result.step)
-            if result.grad_norm is not None:
-                self._add("train/grad_norm", result.grad_norm, result.step)
-        self._add("train/samples_per_second", progress.samples_per_second, progress.step)
-
-    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:  # noqa: D102
-        self._add("test/loss", evaluation.loss, step)
-        self._add("test/accuracy", evaluation.accuracy, step)
-
-    def close(self) -> None:  # noqa: D102
-        if self._writer is not None:
-            self._writer.close()
-
-    def _add(self, tag: str, value: float, step: int) -> None:
-        assert self._writer is not None, "started() comes first"
-        self._writer.add_scalar(tag, value, step)

@@ -97,9 +97,9 @@ class AgentNode:
             for name, value in weights.items()
             if name not in self.constants
         }
-        self.is_root = i == architecture.tree.root
+        self.finishes = architecture.finishes(i)
         self.is_reader = "readout.weight" in weights
-        self.classes = architecture.classes
+        self.outputs = len(architecture.reads_out(i))
         patterns = architecture.patterns
         rows: dict[Round, BlockRow] = {}  # layers with one graph share a round
         for T, phase in zip(patterns.T, plan.states, strict=True):
@@ -124,7 +124,7 @@ class AgentNode:
     # --- forward ----------------------------------------------------------------------------
 
     def forward(self, x_FB: Tensor) -> Exchange[Tensor]:
-        """Own features `(F_i, B)` to the class scores `(C, B)`, complete at the root alone."""
+        """Own features `(F_i, B)` to outputs `(C, B)`: own ones, or all, complete at the root."""
         self.forget()
         self._input = x_FB
         y = self._first = self.encode(x_FB)
@@ -184,19 +184,19 @@ class AgentNode:
         return C @ z, z
 
     def _readout(self, y: Tensor) -> Exchange[Tensor]:
-        """`Σ_i W^i [p^i; q^i] + c`, summed up the tree."""
+        """`Σ_i W^i [p^i; q^i] + c`, summed up the tree; `W^i [p^i; q^i] + c^i` without one."""
         if self.is_reader:
             scores = self.weights["readout.weight"] @ y
         else:
-            scores = y.new_zeros(self.classes, y.shape[1])
-        if self.is_root:
+            scores = y.new_zeros(self.outputs, y.shape[1])
+        if self.finishes:
             scores = scores + self._bias("readout.bias")
         return (yield from self.collect(self.plan.collect_of, scores))
 
     # --- backward ---------------------------------------------------------------------------
 
     def backward(self, scores_bar: Tensor | None) -> Exchange[Tensor]:
-        """From `∂loss/∂scores` `(C, B)`, given at the root alone, to all `gradients`.
+        """From `∂loss/∂scores` `(C, B)`, given where scores are complete, to all `gradients`.
 
         Returns:
             Norms of own rows of the cotangents `∂loss/∂y_j` of the states, `j = 0 … N`, in float64.
@@ -286,9 +286,9 @@ class AgentNode:
         """`ȳ^i = W^iᵀ s̄`, `W̄^i = s̄ y^iᵀ`, `c̄ = s̄ 1`: the cotangent comes down the tree."""
         y = self._output
         if scores_bar is None:
-            scores_bar = y.new_zeros(self.classes, y.shape[1])
+            scores_bar = y.new_zeros(self.outputs, y.shape[1])
         scores_bar = yield from self.spread(self.plan.collect_of, scores_bar)
-        if self.is_root:
+        if self.finishes:
             self.gradients["readout.bias"] += scores_bar.sum(1)
         if not self.is_reader:
             return torch.zeros_like(y)

@@ -23,11 +23,12 @@ from matplotlib.image import imsave
 from pydantic import TypeAdapter, ValidationError
 
 from hdnn_dist import __version__, figures
+from hdnn_dist.agent import scores_of
 from hdnn_dist.api import open_run
 from hdnn_dist.check import Report, examine, this_machine
 from hdnn_dist.checkpoint import latest_checkpoint
-from hdnn_dist.console import duration, size
-from hdnn_dist.data import load_features, load_labels
+from hdnn_dist.console import duration, scores, size
+from hdnn_dist.data import load_features, load_labels, load_targets, target_moments
 from hdnn_dist.errors import UserError, on_a_line
 from hdnn_dist.figures import Chart, Curve
 from hdnn_dist.job import Job
@@ -66,14 +67,28 @@ class Wrong:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What was predicted of the test set's targets, `(B, C)` in their units.
+
+    Attributes:
+        true: what they are.
+        predicted: what the agents say.
+        rmse: of standardised errors, by agent where each reads out its own, else by target.
+    """
+
+    true: npt.NDArray[np.float64]
+    predicted: npt.NDArray[np.float64]
+    rmse: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Share:
     """Where an agent was, and what a training step was to it.
 
     Attributes:
         actor: its number.
         node: its machine; empty for one process.
-        seconds: of `figures.PARTS`. An agent waits for other processes, and while others in its own
-            compute; what is left of a step is its process's, to hand over messages.
+        seconds: of `figures.PARTS` in a step (see `Times.a_step`).
     """
 
     actor: int
@@ -94,9 +109,10 @@ class Shown:
         summary: None if the run is not at its end.
         told: what can be said of the job (see `hdnn_dist.check`).
         records: its metrics.
-        accuracy, loss: of the checkpoint, on the test set.
-        counts: test samples by class and by the class they were taken for.
+        loss, scores: of the checkpoint, on the test set (see `hdnn_dist.agent.scores_of`).
+        counts: test samples by class and by the class they were taken for; None of targets.
         worst: those whose class was least believed.
+        fit: of targets.
         bsm: see `hdnn_dist.report.of_agents`; None if it was not measured.
         shares: by agent, if there is a record of it.
     """
@@ -109,10 +125,11 @@ class Shown:
     summary: Summary | None
     told: Report
     records: list[dict[str, Any]]
-    accuracy: float
     loss: float
-    counts: npt.NDArray[np.int64]
+    scores: dict[str, float]
+    counts: npt.NDArray[np.int64] | None
     worst: list[Wrong]
+    fit: Fit | None
     bsm: dict[str, Any] | None
     shares: dict[str, Share]
 
@@ -154,9 +171,9 @@ def write_page(
 ) -> Place:
     """Write the page of some runs, and its figures as PNG files.
 
-    The agents classify the test set and, with `bsm`, measure their sensitivities as for `analyze`.
-    The labels of the test set, and whole inputs of the worst-classified samples, are read here and
-    are on the page.
+    The agents classify the test set, or predict its targets, and with `bsm` measure their
+    sensitivities as for `analyze`. The labels of the test set, and whole inputs of the
+    worst-classified samples, are read here and are on the page.
 
     Args:
         runs: run directories, at most `MOST`.
@@ -211,15 +228,12 @@ def _look(
 ) -> Shown:
     with open_run(run, overrides=overrides, local=local, address=address) as (runner, step):
         job = runner.job
-        probabilities = runner.predict("test").astype(np.float64)
+        predicted = runner.predict("test").astype(np.float64)
         measured = of_agents(runner, min(BSM_SAMPLES, job.data.test)) if bsm else None
     records = read_metrics(run)
-    labels = load_labels(job.spec.data, "test")
-    taken = probabilities.argmax(1)
-    believed = probabilities[np.arange(len(labels)), labels]
-    counts = np.zeros((job.data.classes, job.data.classes), np.int64)
-    np.add.at(counts, (labels, taken), 1)
-    least = np.argsort(believed, kind="stable")[:worst]
+    verdict = (
+        _of_targets(job, predicted) if job.data.targets else _of_classes(job, predicted, worst)
+    )
     return Shown(
         number=number,
         run=str(run),
@@ -229,13 +243,51 @@ def _look(
         summary=read_summary(run, step),
         told=examine(job, [this_machine()]),
         records=records,
-        accuracy=float((taken == labels).mean()),
-        loss=float(-np.log(np.maximum(believed, 1e-45)).mean()),
-        counts=counts,
-        worst=list(_wrong(job, least, labels, taken, probabilities)) if worst else [],
         bsm=measured,
         shares=_shares(records, job),
+        **verdict,
     )
+
+
+def _of_classes(job: Job, probabilities: npt.NDArray[np.float64], worst: int) -> dict[str, Any]:
+    labels = load_labels(job.spec.data, "test")
+    taken = probabilities.argmax(1)
+    believed = probabilities[np.arange(len(labels)), labels]
+    counts = np.zeros((job.data.classes, job.data.classes), np.int64)
+    np.add.at(counts, (labels, taken), 1)
+    least = np.argsort(believed, kind="stable")[:worst]
+    return {
+        "loss": float(-np.log(np.maximum(believed, 1e-45)).mean()),
+        "scores": {"accuracy": float((taken == labels).mean())},
+        "counts": counts,
+        "worst": list(_wrong(job, least, labels, taken, probabilities)) if worst else [],
+        "fit": None,
+    }
+
+
+def _of_targets(job: Job, predicted: npt.NDArray[np.float64]) -> dict[str, Any]:
+    names, architecture = job.data.targets, job.architecture
+    mean, std = target_moments(job.spec.data, names)
+    standard = load_targets(job.spec.data, "test", names).astype(np.float64)
+    true = mean + std * standard
+    square = ((predicted - true) / std) ** 2
+    loss, variance = float(square.mean()), float((standard**2).mean())
+    if architecture.own is None:
+        rmse = {name: float(square[:, k].mean() ** 0.5) for k, name in enumerate(names)}
+    else:
+        rmse = {
+            architecture.names[i]: float(square[:, list(own)].mean() ** 0.5)
+            for i, own in enumerate(architecture.own)
+            if own
+        }
+    squares = float(((predicted - true) ** 2).mean())
+    return {
+        "loss": loss,
+        "scores": scores_of(loss, None, squares, variance),
+        "counts": None,
+        "worst": [],
+        "fit": Fit(true, predicted, rmse),
+    }
 
 
 def _wrong(
@@ -278,15 +330,15 @@ def _shares(records: Sequence[dict[str, Any]], job: Job) -> dict[str, Share]:
     shares: dict[str, Share] = {}
     for k, agents in enumerate(last):
         own = [times for actors in runs for times in actors if times.agents == agents]
-        steps = sum(times.steps for times in own)
-        total = sum(times.total for times in own) / steps
-        compute = [sum(column) / steps for column in zip(*(t.compute for t in own), strict=True)]
-        wait = sum(times.wait for times in own) / steps
-        send = max(0.0, total - sum(compute) - wait)
-        for name, mine in zip(agents, compute, strict=True):  # of copies, the first one's actor
-            shares.setdefault(
-                name, Share(k, own[-1].node, (mine, send, wait + sum(compute) - mine))
-            )
+        whole = Times(
+            agents,
+            steps=sum(times.steps for times in own),
+            total=sum(times.total for times in own),
+            compute=tuple(map(sum, zip(*(times.compute for times in own), strict=True))),
+            wait=sum(times.wait for times in own),
+        )
+        for name, seconds in zip(agents, whole.a_step(), strict=True):
+            shares.setdefault(name, Share(k, own[-1].node, seconds))  # of copies, the first one's
     return shares
 
 
@@ -331,18 +383,30 @@ def _sections(shown: Sequence[Shown]) -> list[Section]:
         ("Training", _training(shown), []),
         ("Gradients and sensitivities", gradients + sensitivities, without + unmeasured),
         ("Where the time goes", *_of_each("times", shown, _times)),
-        ("Right and wrong", *_of_each("confusion", shown, _confusion)),
+        _verdicts(shown),
     ]
 
 
+def _verdicts(shown: Sequence[Shown]) -> Section:
+    classes = any(run.counts is not None for run in shown)
+    made = [
+        _of_each(what, shown, draw)
+        for what, draw in (("confusion", _confusion), ("fit", _fit), ("errors", _errors))
+    ]
+    charts = [chart for drawn, _ in made for chart in drawn]
+    return "Right and wrong" if classes else "Predicted and true", charts, []
+
+
 def _of_each(
-    what: str, shown: Sequence[Shown], draw: Callable[[str, Shown], Chart | str]
+    what: str, shown: Sequence[Shown], draw: Callable[[str, Shown], Chart | str | None]
 ) -> tuple[list[Chart], list[str]]:
-    """A chart of each run by its name, or the remark that stands for it."""
+    """A chart of each run that can have it, by its name, or the remark that stands for it."""
     charts, remarks = [], []
     for run in shown:
         alone = len(shown) == 1
         made = draw(what if alone else f"{what}-{run.number}", run)
+        if made is None:
+            continue
         if isinstance(made, str):
             remarks.append(made if alone else f"{run.label}: {made}")
         else:
@@ -359,6 +423,8 @@ def _agents(name: str, run: Shown) -> Chart | str:
 
 
 def _training(shown: Sequence[Shown]) -> list[Chart]:
+    told = {name for run in shown for name in run.scores}
+
     def curves(key: str) -> list[Curve]:
         return [
             Curve(
@@ -368,13 +434,19 @@ def _training(shown: Sequence[Shown]) -> list[Chart]:
                 kind == "eval",
             )
             for run in shown
+            if key == "loss" or key in run.scores
             for kind, what in (("train", "batches"), ("eval", "test"))
         ]
 
-    return [
-        figures.curves("loss", "Loss", "cross-entropy", curves("loss"), logarithmic=True),
-        figures.curves("accuracy", "Accuracy", "share of right answers", curves("accuracy")),
-    ]
+    loss = "loss" if len(told) > 2 else "mean square" if "rmse" in told else "cross-entropy"
+    charts = [figures.curves("loss", "Loss", loss, curves("loss"), logarithmic=True)]
+    if "accuracy" in told:
+        what = "share of right answers"
+        charts.append(figures.curves("accuracy", "Accuracy", what, curves("accuracy")))
+    if "rmse" in told:
+        what = "RMSE in the targets' units"
+        charts.append(figures.curves("rmse", "Error", what, curves("rmse"), logarithmic=True))
+    return charts
 
 
 def _gradients(name: str, run: Shown) -> Chart | str:
@@ -401,8 +473,20 @@ def _times(name: str, run: Shown) -> Chart | str:
     return figures.times(name, [*run.shares], [share.seconds for share in run.shares.values()])
 
 
-def _confusion(name: str, run: Shown) -> Chart | str:
-    return figures.confusion(name, run.counts)
+def _confusion(name: str, run: Shown) -> Chart | None:
+    return None if run.counts is None else figures.confusion(name, run.counts)
+
+
+def _fit(name: str, run: Shown) -> Chart | None:
+    if run.fit is None:
+        return None
+    return figures.fit(name, run.fit.true, run.fit.predicted, run.scores["r2"])
+
+
+def _errors(name: str, run: Shown) -> Chart | None:
+    if run.fit is None:
+        return None
+    return figures.errors(name, [*run.fit.rmse], [*run.fit.rmse.values()])
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -413,7 +497,7 @@ def _facts(run: Shown) -> list[tuple[str, str]]:
     job, told, summary = run.job, run.told, run.summary
     ends = "" if run.step == job.steps else f" of {job.steps:,}"
     facts = [
-        ("test accuracy", f"{run.accuracy:.2%}"),
+        *(_fact(f"test {said}") for said in scores(run.scores)),
         ("test loss", f"{run.loss:.4f}"),
         ("steps", f"{run.step:,}{ends}"),
         ("model", f"{told.model}, {told.depth} layers, {told.parameters:,} parameters"),
@@ -425,9 +509,11 @@ def _facts(run: Shown) -> list[tuple[str, str]]:
         facts.append(("absent", ", ".join(job.absent)))
     if summary is None:
         return facts
+    bests = {"accuracy": summary.best_test_accuracy, "r2": summary.best_test_r2}
+    best = {name: score for name, score in bests.items() if score is not None}
     return [
         *facts,
-        ("best test accuracy", f"{summary.best_test_accuracy:.2%}"),
+        *(_fact(f"best test {said}") for said in scores(best)),
         ("wall time", duration(summary.seconds)),
         ("of it training", duration(summary.training_seconds)),
         ("samples a second", f"{summary.samples_per_second:,.0f}"),
@@ -435,6 +521,11 @@ def _facts(run: Shown) -> list[tuple[str, str]]:
         ("ran as", summary.placement),
         ("restarts", f"{summary.restarts}"),
     ]
+
+
+def _fact(said: str) -> tuple[str, str]:
+    name, _, value = said.rpartition(" ")
+    return name, value
 
 
 def _render(shown: Sequence[Shown], sections: Sequence[Section]) -> str:

@@ -28,7 +28,7 @@ from hdnn_dist.analysis import (
 from hdnn_dist.api import open_run
 from hdnn_dist.baselines import MLP, ResNet
 from hdnn_dist.checkpoint import write_json
-from hdnn_dist.data import epoch_order, load_features, load_labels
+from hdnn_dist.data import epoch_order, load_features, load_labels, load_targets
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
@@ -174,7 +174,7 @@ def _network(
 # --- baselines ---------------------------------------------------------------------------------
 
 
-class _Classifier(nn.Module):
+class _Baseline(nn.Module):
     """Encoder, a baseline's layers and readout, with the sizes of the run's model."""
 
     def __init__(self, job: Job, layers: MLP) -> None:
@@ -182,12 +182,13 @@ class _Classifier(nn.Module):
         n = job.architecture.n
         self.encoder = nn.Linear(job.data.features, 2 * n)
         self.layers = layers
-        self.readout = nn.Linear(2 * n, job.data.classes)
+        self.readout = nn.Linear(2 * n, job.data.outputs)
+        self.criterion = F.mse_loss if job.data.targets else F.cross_entropy
 
     def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Mean cross-entropy, and the states `y_0 … y_N` on the way."""
+        """The loss of the run's model, and the states `y_0 … y_N` on the way."""
         states = self.layers.propagate(self.encoder(x))
-        return F.cross_entropy(self.readout(states[-1]), labels), states
+        return self.criterion(self.readout(states[-1]), labels), states
 
 
 def _baselines(job: Job, samples: int, train: bool) -> list[dict[str, Any]]:
@@ -203,7 +204,7 @@ def _baselines(job: Job, samples: int, train: bool) -> list[dict[str, Any]]:
     for name, make in makers.items():
         with torch.random.fork_rng():
             torch.manual_seed(job.spec.training.seed)
-            model = _Classifier(job, make()).to(job.dtype)
+            model = _Baseline(job, make()).to(job.dtype)
         gradients = _fit(model, job) if train else []
         model = model.double().requires_grad_(False)
         layers = model.layers
@@ -224,7 +225,7 @@ def _fate(gradients: list[dict[str, Any]], job: Job) -> str:
     return "trained" if len(gradients) == job.spec.training.epochs else "diverged"
 
 
-def _fit(model: _Classifier, job: Job) -> list[dict[str, Any]]:
+def _fit(model: _Baseline, job: Job) -> list[dict[str, Any]]:
     """The run's training, less its regulariser and its augmentation.
 
     Returns:
@@ -263,6 +264,9 @@ def _fit(model: _Classifier, job: Job) -> list[dict[str, Any]]:
 
 def _data(job: Job, part: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(load_features(job.spec.data, part, range(job.data.features)))
+    if job.data.targets:
+        targets = torch.from_numpy(load_targets(job.spec.data, part, job.data.targets))
+        return x.to(job.dtype), targets.to(job.dtype)
     return x.to(job.dtype), torch.from_numpy(load_labels(job.spec.data, part))
 
 

@@ -39,6 +39,7 @@ Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Threads = Annotated[int, Field(gt=0, le=1024)]
 Classes = Annotated[int, Field(ge=2, le=MAX_SIZE)]
 Pixels = Annotated[int, Field(ge=0, le=1024)]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -202,7 +203,10 @@ class TopologySpec(Section):
 
 
 class ReadoutSpec(Section):
-    """Class scores ``Σ_i W^i [p^i; q^i] + c``, summed up a spanning tree to the root."""
+    """Outputs ``Σ_i W^i [p^i; q^i] + c``, summed up a spanning tree to the root.
+
+    With data.targets per agent there is no tree: each agent's are its own ``W^i [p^i; q^i] + c^i``.
+    """
 
     agents: Annotated[
         Annotated[Literal["all"], Tag("all")] | Annotated[list[AgentName], Tag("list")],
@@ -410,6 +414,19 @@ class DataSpec(Section):
         default=None,
         description="The classes of a table, in order, or how many whole numbers from 0.",
     )
+    targets: (
+        Annotated[
+            Annotated[Names, Tag("list")] | Annotated[dict[AgentName, Names], Tag("map")],
+            _by_shape("a list of columns, or one per agent", list=(list,), map=(dict,)),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        min_length=1,
+        description="Columns of a table that hold numbers to predict (regression), in place of "
+        "classes. A list: read out at the root. Columns per agent: each of these reads out its "
+        "own by itself, and no one else sees them.",
+    )
     split: Split = Field(default=AutoSplit(), description="Which agent sees which features.")
     train_samples: Count | None = Field(default=None, description="Use only the first so many.")
     test_samples: Count | None = Field(default=None, description="Likewise for the test set.")
@@ -586,7 +603,8 @@ class TrainingSpec(Section):
     keep_last: Count = Field(default=3, description="How many of the newest checkpoints are kept.")
     keep_best: bool = Field(
         default=True,
-        description="Whether the checkpoint with the best test accuracy is kept beside them.",
+        description="Whether the checkpoint with the best test accuracy, or R² of a regression, is "
+        "kept beside them.",
     )
 
 
@@ -617,6 +635,11 @@ class ClusterSpec(Section):
         default="auto",
         description="What carries messages between actors; auto: sockets between those on one "
         "machine, gloo between machines.",
+    )
+    logs: Literal["text", "json"] = Field(
+        default="text",
+        description="Form of what is logged on stderr, by actors in Ray's worker logs; json: one "
+        "object a line, of the run's course too, with time, level, message, node, agents and step.",
     )
     placement: Literal["spread", "pack"] = Field(
         default="pack", description="Over the cluster's nodes."

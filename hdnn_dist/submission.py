@@ -76,15 +76,19 @@ class State:
         return {"SUCCEEDED": 0, "STOPPED": INTERRUPTED}.get(self.status, 1)
 
 
-def command(run: str, overrides: Sequence[str] = (), *, resume: bool = False) -> str:
+def command(
+    run: str, overrides: Sequence[str] = (), *, resume: bool = False, profile: int = 0
+) -> str:
     """What the cluster runs: training of the spec that is sent along, or of a run that goes on.
 
     Args:
         run: the run directory, as the cluster's machines know it.
         overrides: `"section.key=value"`, for a run that goes on.
         resume: whether it goes on.
+        profile: steps that are traced.
     """
     where = ["--resume", run] if resume else ["spec.yaml", "--run", run]
+    where += ["--profile", str(profile)] if profile else []
     sets = [word for override in overrides for word in ("--set", override)]
     words = shlex.join(["python", "-m", "hdnn_dist", "train", *where, *sets])
     # Ray names its own address there. The shell gives way, so that a signal finds the driver.

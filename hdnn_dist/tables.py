@@ -1,4 +1,4 @@
-"""A user's own samples: numbers in columns, and a column of classes.
+"""A user's own samples: numbers in columns, and a column of classes or columns of targets.
 
 ::
 
@@ -6,13 +6,15 @@
     DIR/test.csv        likewise, with the same columns
 
 `DIR` is the spec's `data.dir`. CSV has a line of names, then a sample a line; Parquet takes the
-package pyarrow. Their features are all columns but the `data.target`, in the order of the training
-file. A safetensors file holds `x (n, F)` and the classes `y (n,)` by number, which is what
-`write_table` makes of arrays, tensors and torch data sets.
+package pyarrow. Their features are all columns but the `data.target` (or the `data.targets`, which
+are numbers to predict), in the order of the training file. A safetensors file holds `x (n, F)` and
+the classes `y (n,)` by number or the targets `y (n, C)`, which is what `write_table` makes of
+arrays, tensors and torch data sets.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Sequence
@@ -67,11 +69,12 @@ def describe_table(spec: DataSpec) -> Table:
         raise SpecError(
             ("data", "dir"), "a table is read from a folder", "name it, with train.csv and test.csv"
         )
-    if class_names(spec) is None:
+    if class_names(spec) is None and spec.targets is None:
         raise SpecError(
             ("data", "classes"),
             "the classes of a table are not given",
-            "list them, or say how many whole numbers from 0 there are",
+            "list them, or say how many whole numbers from 0 there are; or name data.targets, "
+            "columns of numbers to predict",
         )
     (names, train), (others, test) = (_look(spec, part) for part in ("train", "test"))
     if set(names) != set(others):
@@ -90,22 +93,44 @@ def class_names(spec: DataSpec) -> tuple[str, ...] | None:
     return None if spec.classes is None else tuple(spec.classes)
 
 
+def target_names(spec: DataSpec) -> tuple[str, ...]:
+    """The targets of a table in order; none if it has classes."""
+    if isinstance(spec.targets, dict):
+        return tuple(name for own in spec.targets.values() for name in own)
+    return tuple(spec.targets or ())
+
+
 def read_columns(spec: DataSpec, part: Part, columns: Sequence[int]) -> Floats:
     """Features of every sample as they are in the file, `(n, len(columns))`; others are not kept.
 
     Raises:
         DataError: the file cannot be read, or one of them is no finite number.
     """
-    names, n = _look(spec, "train")[0], _look(spec, part)[1]
-    x_BF = np.empty((n, len(columns)))
-    if not len(columns):
+    names = _look(spec, "train")[0]
+    return _read(spec, part, "x", [names[k] for k in columns])
+
+
+def read_targets(spec: DataSpec, part: Part, names: Sequence[str]) -> Floats:
+    """Targets of every sample as they are in the file, `(n, len(names))`; others are not kept.
+
+    Raises:
+        DataError: the file cannot be read, or one of them is no finite number.
+    """
+    return _read(spec, part, "y", names)
+
+
+def _read(spec: DataSpec, part: Part, kind: Literal["x", "y"], wanted: Sequence[str]) -> Floats:
+    n = _look(spec, part)[1]
+    x_BF = np.empty((n, len(wanted)))
+    if not wanted:
         return x_BF
-    file, wanted = _file(spec, part), [names[k] for k in columns]
+    file = _file(spec, part)
     if file.suffix == ".safetensors":
         with _opened(file) as tensors:
-            place = {name: k for k, name in enumerate(_look(spec, part)[0])}
+            there = _look(spec, part)[0] if kind == "x" else _targets_of(file, tensors)
+            place = {name: k for k, name in enumerate(there)}
             own = [place[name] for name in wanted]
-            x_BF[:] = tensors.get_tensor("x")[:, own].double().numpy()
+            x_BF[:] = tensors.get_tensor(kind)[:, own].double().numpy()
     elif file.suffix == ".csv":
         x_BF[:] = _from_csv(file, wanted, float, n)
     else:
@@ -114,7 +139,7 @@ def read_columns(spec: DataSpec, part: Part, columns: Sequence[int]) -> Floats:
             for k, column in enumerate(columns_read):
                 x_BF[:, k] = column.to_numpy()
         except (ValueError, TypeError) as error:
-            raise DataError(f"{file}: {error}", "give numbers in all columns of features") from None
+            raise DataError(f"{file}: {error}", "give numbers in all these columns") from None
     bad = np.argwhere(~(np.abs(x_BF) < LARGEST))  # so is what is no number
     if len(bad):
         row, k = bad[0]
@@ -153,39 +178,63 @@ def read_classes(spec: DataSpec, part: Part) -> Ints:
 
 
 def write_table(
-    folder: str | Path, train: Samples, test: Samples, names: Sequence[str] | None = None
+    folder: str | Path,
+    train: Samples,
+    test: Samples,
+    names: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Write samples as the files of a table.
 
     Args:
         folder: where; made if it is not there.
-        train: features `(n, …)` and classes `(n,)` from 0, as arrays or tensors; or a torch data
-            set of such pairs, one a sample. Features are flattened.
+        train: features `(n, …)` and classes `(n,)` from 0, or targets `(n,)` or `(n, C)`, as arrays
+            or tensors; or a torch data set of such pairs, one a sample. Features are flattened.
+            Whole numbers `(n,)` are classes, unless `targets` are named.
         test: likewise.
         names: of the features; default: "0", "1", ….
+        targets: names of the targets; default: "y0", "y1", ….
 
     Returns:
         What the `data` section of a spec needs, but for who sees what.
 
     Raises:
-        UserError: these are no samples and classes.
+        UserError: these are no samples and classes, or targets.
     """
     folder = Path(folder).absolute()
-    classes = 0
-    for part, given in (("train", train), ("test", test)):
-        x, y = _tensors(given)
-        F = x.shape[1]
-        if names is not None and len(names) != F:
-            raise UserError(f"{len(names)} names for {F} features", "name each of them")
-        if len(x) != len(y) or not len(x) or y.dim() != 1 or int(y.min()) < 0:
+    parts = {"train": _tensors(train), "test": _tensors(test)}
+    numbers = targets is not None or any(
+        y.is_floating_point() or y.dim() == 2 for _, y in parts.values()
+    )
+    section: dict[str, Any] = {"name": "table", "dir": str(folder)}
+    widths, classes = {(x.shape[1], y[0].numel()) for x, y in parts.values() if len(y)}, 0
+    for part, (x, y) in parts.items():
+        if numbers:
+            y = y.double()[:, None] if y.dim() == 1 else y.double()
+        whole = y.dim() == 1 and len(y) > 0 and int(y.min()) >= 0
+        if len(x) != len(y) or not len(x) or len(widths) > 1 or not (numbers or whole):
+            what = "targets" if numbers else "classes"
             raise UserError(
-                f"features {tuple(x.shape)} and classes {tuple(y.shape)} of the {part} set",
-                "give as many of both, and classes as whole numbers from 0",
+                f"features {tuple(x.shape)} and {what} {tuple(y.shape)} of the {part} set",
+                "give as many of both, alike in both sets; classes as whole numbers from 0",
             )
-        classes = max(classes, int(y.max()) + 1)
-        told = {"names": json.dumps([*map(str, names if names is not None else range(F))])}
+        told = {"names": _named(names, x.shape[1], "features", "")}
+        if numbers:
+            told["targets"] = _named(targets, y.shape[1], "targets", "y")
+            section["targets"] = json.loads(told["targets"])
+        else:
+            classes = max(classes, int(y.max()) + 1)
+            section["classes"] = classes
         write(folder / f"{part}.safetensors", save({"x": x, "y": y}, told))
-    return {"name": "table", "dir": str(folder), "classes": classes}
+    return section
+
+
+def _named(names: Sequence[str] | None, count: int, what: str, letter: str) -> str:
+    if names is not None and len(names) != count:
+        raise UserError(f"{len(names)} names for {count} {what}", "name each of them")
+    return json.dumps(
+        [f"{letter}{k}" for k in range(count)] if names is None else [*map(str, names)]
+    )
 
 
 def _tensors(given: Samples) -> tuple[Tensor, Tensor]:
@@ -193,15 +242,18 @@ def _tensors(given: Samples) -> tuple[Tensor, Tensor]:
         if not isinstance(given, tuple):
             size = len(given)  # type: ignore[arg-type]
             pairs = [given[k] for k in range(size)]
-            xs = [torch.as_tensor(np.asarray(x)).flatten() for x, _ in pairs]
-            given = torch.stack(xs), torch.tensor([int(y) for _, y in pairs])
+            xs, ys = ([torch.as_tensor(np.asarray(p[k])).flatten() for p in pairs] for k in (0, 1))
+            y = torch.stack(ys)
+            given = torch.stack(xs), y[:, 0] if y.shape[1] == 1 else y
         x, y = (torch.as_tensor(np.asarray(part)) for part in given)
-        if y.is_floating_point():
-            raise ValueError("classes are no whole numbers")
-        return x.flatten(1).float().contiguous(), y.long().contiguous()
+        if y.dim() not in (1, 2):
+            raise ValueError(f"what they are labelled with is of shape {tuple(y.shape)}")
+        y = y if y.is_floating_point() else y.long()
+        return x.flatten(1).float().contiguous(), y.contiguous()
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(
-            f"these are no samples: {error}", "give (features, classes) or a torch data set of them"
+            f"these are no samples: {error}",
+            "give (features, classes), (features, targets) or a torch data set of them",
         ) from None
 
 
@@ -221,17 +273,23 @@ def _file(spec: DataSpec, part: Part) -> Path:
 
 def _look(spec: DataSpec, part: Part) -> tuple[tuple[str, ...], int]:
     """The features and the number of samples of a file, which is read for them once."""
-    file = _file(spec, part)
+    file, targets = _file(spec, part), target_names(spec)
     stat = file.stat()
     names, n = _header(file, stat.st_mtime_ns, stat.st_size)
     if file.suffix != ".safetensors":
-        if spec.target not in names:
+        key, ours = ("target", (spec.target,)) if spec.targets is None else ("targets", targets)
+        _check_there(file, key, ours, names)
+        names = tuple(name for name in names if name not in ours)
+    else:
+        with _opened(file) as tensors:
+            there = _targets_of(file, tensors)
+        if bool(there) != bool(targets):
             raise SpecError(
-                ("data", "target"),
-                f"{file} has no column {spec.target!r}",
-                did_you_mean(spec.target, names),
+                ("data", "targets"),
+                f"{file} holds {'targets' if there else 'classes'}",
+                "name data.targets, not data.classes" if there else "give data.classes",
             )
-        names = tuple(name for name in names if name != spec.target)
+        _check_there(file, "targets", targets, there)
     if len(set(names)) < len(names):
         raise DataError(f"{file} has two columns of one name", "give each a name of its own")
     if not (0 < n * len(names) <= MAX_NUMBERS):
@@ -240,6 +298,33 @@ def _look(spec: DataSpec, part: Part) -> tuple[tuple[str, ...], int]:
             f"give at least one of both, and at most {MAX_NUMBERS} numbers",
         )
     return names, n
+
+
+def _check_there(file: Path, key: str, wanted: Sequence[str], names: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in names:
+            problem = f"{file} has no column {name!r}"
+            raise SpecError(("data", key), problem, did_you_mean(name, names))
+
+
+def _targets_of(file: Path, tensors: Any) -> tuple[str, ...]:
+    """The names of the targets in a safetensors file; none if it holds classes."""
+    shape = tensors.get_slice("y").get_shape()
+    if len(shape) == 1:
+        return ()
+    told = (tensors.metadata() or {}).get("targets")
+    names: Any = None
+    if told is None and 0 < shape[0] * shape[1] <= MAX_NUMBERS:
+        names = [f"y{k}" for k in range(shape[1])]
+    elif told is not None:
+        with contextlib.suppress(ValueError, RecursionError):  # told below
+            names = json.loads(told)
+    if isinstance(names, list) and len(names) == shape[1]:
+        return tuple(map(str, names))
+    raise DataError(
+        f"{file} holds y {shape} without a name for each target",
+        "write it with hdnn_dist.write_table",
+    )
 
 
 @lru_cache(maxsize=8)
@@ -260,13 +345,19 @@ def _header(file: Path, changed: int, length: int) -> tuple[tuple[str, ...], int
         if not {"x", "y"} <= set(tensors.keys()):
             raise DataError(f"{file} holds no x and y", "write it with hdnn_dist.write_table")
         shape, labels = (tensors.get_slice(key).get_shape() for key in ("x", "y"))
-        whole = tensors.get_slice("y").get_dtype()[0] in "IU"
+        whole = tensors.get_slice("y").get_dtype()[0] in "IU" or len(labels) == 2
         told = (tensors.metadata() or {}).get("names")
     try:
         names = tuple(map(str, range(shape[1]) if told is None else json.loads(told)))
     except (ValueError, TypeError, IndexError):
         names = ()
-    if len(shape) != 2 or len(names) != shape[1] or labels != shape[:1] or not whole:
+    if (
+        len(shape) != 2
+        or len(names) != shape[1]
+        or labels[:1] != shape[:1]
+        or len(labels) > 2
+        or not whole
+    ):
         raise DataError(
             f"{file} holds {len(names)} names, x {shape} and y {labels}"
             + ("" if whole else " of no whole numbers"),
@@ -298,7 +389,7 @@ def _from_csv(file: Path, wanted: Sequence[str], kind: type, n: int) -> npt.NDAr
                 ndmin=2,
             )
     except (ValueError, IndexError) as error:
-        raise DataError(f"{file}: {error}", "give a number in every column of features") from None
+        raise DataError(f"{file}: {error}", "give a number in each of these columns") from None
     if len(found) != n:
         raise DataError(
             f"{file} has {n} samples, or {len(found)}, as one counts its lines",

@@ -6,6 +6,7 @@ oracle for everything distributed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hdnn_dist.agent import StepResult
-from hdnn_dist.data import epoch_order, load_features, load_labels
+from hdnn_dist.data import epoch_order, load_features, load_labels, load_targets, target_moments
 from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
 from hdnn_dist.sparsity import BlockPattern
@@ -60,9 +61,9 @@ def assert_within(sent: Iterable[tuple[int, int]], links: BlockPattern) -> None:
 def dense_step(job: Job, step: int = 0, model: HDNN | None = None) -> tuple[HDNN, StepResult]:
     """The oracle: loss and gradients of a training step by autograd on the dense model.
 
-    Covers forward, cross-entropy, regulariser and clipping; not the augmentation, which has no
-    dense counterpart. Gradients are left in the model's parameters; a model with the initial
-    weights is made if none is given.
+    Covers forward, cross-entropy or squared error, regulariser and clipping; not the augmentation,
+    which has no dense counterpart. Gradients are left in the model's parameters; a model with the
+    initial weights is made if none is given.
     """
     model = model or HDNN(job.architecture, job.dtype)
     model.zero_grad()
@@ -71,9 +72,23 @@ def dense_step(job: Job, step: int = 0, model: HDNN | None = None) -> tuple[HDNN
     order = epoch_order(spec.training.seed, epoch, data.train)
     index = torch.from_numpy(order[k * job.batch : (k + 1) * job.batch])
     x = torch.from_numpy(load_features(spec.data, "train", range(data.features))).to(job.dtype)
-    labels = torch.from_numpy(load_labels(spec.data, "train"))[index]
     scores = model(x[index])
-    loss = F.cross_entropy(scores, labels)
+    correct, squares = None, {}
+    if data.targets:
+        targets = torch.from_numpy(load_targets(spec.data, "train", data.targets))[index].to(
+            job.dtype
+        )
+        loss = F.mse_loss(scores, targets)
+        _, std = target_moments(spec.data, data.targets)
+        errors = torch.from_numpy(std) * (scores - targets).detach()
+        squares = {
+            "squares": errors.square().mean().item(),
+            "variance": targets.square().mean().item(),
+        }
+    else:
+        labels = torch.from_numpy(load_labels(spec.data, "train"))[index]
+        loss = F.cross_entropy(scores, labels)
+        correct = int((scores.argmax(1) == labels).sum())
     (loss + spec.training.alpha * model.regulariser()).backward()
     norm = None
     if spec.training.clip_norm is not None:
@@ -81,9 +96,8 @@ def dense_step(job: Job, step: int = 0, model: HDNN | None = None) -> tuple[HDNN
         norm = torch.nn.utils.get_total_norm(gradients).item()
         for gradient in gradients:
             gradient *= min(1.0, spec.training.clip_norm / norm)
-    correct = int((scores.argmax(1) == labels).sum())
     lr = spec.training.optimizer.lr
-    return model, StepResult(step + 1, loss.item(), correct, len(index), lr, norm)
+    return model, StepResult(step + 1, loss.item(), correct, len(index), lr, norm, **squares)
 
 
 def assert_matches_dense(
@@ -101,6 +115,10 @@ def assert_matches_dense(
     tolerance = 1e-10
     assert abs(result.loss - expected.loss) <= tolerance, f"{result.loss} is not {expected.loss}"
     assert result.correct == expected.correct
+    assert result.scores.keys() == expected.scores.keys()
+    for name, score in expected.scores.items():
+        off = abs(result.scores[name] - score)
+        assert off <= tolerance * (1 + abs(score)) or math.isnan(off), f"{name} is off by {off}"
     if expected.grad_norm is not None:
         assert result.grad_norm is not None
         assert abs(result.grad_norm - expected.grad_norm) <= tolerance * (1 + expected.grad_norm)

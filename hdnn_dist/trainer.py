@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from hdnn_dist.agent import Evaluation, Fault, StepResult
+from hdnn_dist.agent import Evaluation, Fault, StepResult, scores_of
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import (
     Manifest,
@@ -32,19 +33,24 @@ from hdnn_dist.checkpoint import (
     read_absent,
     read_manifest,
     set_aside,
+    to_json,
     write_absent,
     write_checkpoint,
     write_json,
+    write_text,
 )
 from hdnn_dist.data import Part
 from hdnn_dist.errors import CheckpointError, LostError, RunError, StorageError, UserError
 from hdnn_dist.job import Job
 from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
+from hdnn_dist.trace import Track, chrome
 from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Times, Worker, device_of
+from hdnn_dist.worker import Times, Worker, device_of, slowest
 
 log = logging.getLogger("hdnn_dist")
+SCORES = re.compile(r"(best_)?test_(accuracy|rmse|r2)")
+TRACE = "trace.json"  # in the run directory
 REPORT_EVERY = 0.5  # seconds between two reports of progress, about
 
 
@@ -61,16 +67,20 @@ class Runner(Protocol):
         """Take so many steps from where the run stands."""
         ...
 
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:
+        """As `train`, and what each actor did when."""
+        ...
+
     def faults(self) -> list[Fault]:
         """Numbers that were not finite, since the last call."""
         ...
 
     def evaluate(self, part: Part = "test") -> Evaluation:
-        """Loss and accuracy over a part of the data set."""
+        """Loss and scores over a part of the data set."""
         ...
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray:
-        """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file."""
+        """Class probabilities or targets `(samples, C)` for "train", "test", or rows of a file."""
         ...
 
     def sent(self) -> Counter[tuple[int, int]]:
@@ -129,6 +139,10 @@ class LocalRunner:
     def train(self, steps: int) -> list[StepResult]:  # noqa: D102
         return self.worker.train(steps)
 
+    def profile(self, steps: int) -> tuple[list[StepResult], list[Track]]:  # noqa: D102
+        results, track = self.worker.profile(steps)
+        return results, [track]
+
     def faults(self) -> list[Fault]:  # noqa: D102
         return self.worker.faults()
 
@@ -180,9 +194,10 @@ class Progress:
         step, steps: taken, and of the whole run.
         epoch, epochs: the epoch under way (from 1), and of the whole run.
         loss: mean over the steps since the last report.
-        accuracy: on the batches since the last report.
+        accuracy: on the batches since the last report; None of targets.
         samples_per_second: since the last report.
         seconds_left: at that speed.
+        squares, variance: of targets, on the batches since the last report.
     """
 
     step: int
@@ -190,9 +205,16 @@ class Progress:
     epoch: int
     epochs: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     samples_per_second: float
     seconds_left: float
+    squares: float | None = None
+    variance: float | None = None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """See `hdnn_dist.agent.scores_of`."""
+        return scores_of(self.loss, self.accuracy, self.squares, self.variance)
 
 
 @dataclass(frozen=True)
@@ -204,7 +226,7 @@ class Summary:
 
     Attributes:
         run: the run directory.
-        test_accuracy, test_loss: of the last evaluation.
+        test_accuracy, test_loss: of the last evaluation; no accuracy of targets.
         best_test_accuracy: of all evaluations.
         epochs, steps: of the whole run.
         seconds: wall time of `fit`.
@@ -216,12 +238,14 @@ class Summary:
         placement: what ran where.
         restarts: after losses, by the process that ended the run.
         absent: agents of the spec that do not take part in the end.
+        test_rmse, test_r2: of targets, of the last evaluation.
+        best_test_r2: of all evaluations.
     """
 
     run: str
-    test_accuracy: float
+    test_accuracy: float | None
     test_loss: float
-    best_test_accuracy: float
+    best_test_accuracy: float | None
     epochs: int
     steps: int
     seconds: float
@@ -233,6 +257,15 @@ class Summary:
     placement: str
     restarts: int = 0
     absent: tuple[str, ...] = ()
+    test_rmse: float | None = None
+    test_r2: float | None = None
+    best_test_r2: float | None = None
+
+    @property
+    def test_scores(self) -> dict[str, float]:
+        """By name: accuracy, or rmse and r2; one that is no finite number is left out."""
+        scores = {"accuracy": self.test_accuracy, "rmse": self.test_rmse, "r2": self.test_r2}
+        return {name: score for name, score in scores.items() if score is not None}
 
 
 class Listener:
@@ -277,6 +310,8 @@ class Trainer:
         run: the run directory.
         listeners: are told of the run's course.
         stop: when it is set, the run saves a checkpoint and ends with a KeyboardInterrupt.
+        profile: steps, at most, of which `trace.json` tells who did what when: of one epoch, after
+            the first step, which is slower than the others.
     """
 
     def __init__(
@@ -285,9 +320,11 @@ class Trainer:
         run: Place,
         listeners: Sequence[Listener] = (),
         stop: Event | None = None,
+        profile: int = 0,
     ) -> None:
         self.runner, self.run, self.listeners = runner, run, listeners
         self.stop = Event() if stop is None else stop
+        self.profile = profile
 
     def fit(self) -> Summary:
         """Train to the last epoch from the latest checkpoint, evaluating and saving on the way.
@@ -363,7 +400,7 @@ class Trainer:
         if step:
             manifest = read_manifest(checkpoint_folder(self.run, step))
             before_us, took_part = manifest.totals, set(manifest.files)
-        training_seconds, best = before_us.training_seconds, before_us.best_test_accuracy
+        training_seconds, best = before_us.training_seconds, before_us.best if step else -math.inf
         with _when(f"after step {step}"):
             started, sent = time.perf_counter(), self._sent()
 
@@ -372,7 +409,7 @@ class Trainer:
                 seconds=before_us.seconds + time.perf_counter() - started,
                 training_seconds=training_seconds,
                 bytes_sent=before_us.bytes_sent + self._sent() - sent,
-                best_test_accuracy=best,
+                **_best(job, best),
             )
 
         def save() -> None:
@@ -382,14 +419,14 @@ class Trainer:
                 state_digest(job),
                 totals(),
                 runner.save,
-                accuracy=None if evaluation is None else evaluation.accuracy,
+                accuracy=None if evaluation is None else evaluation.quality,
                 spec=job.spec.model_dump(mode="json"),
                 keep_last=training.keep_last,
                 keep_best=training.keep_best,
             )
 
         evaluation: Evaluation | None = None  # of the weights after `step` steps
-        chunk = 1
+        chunk, first = 1, step
         self._tell("started", runner, step)
         if took_part != (now := set(job.topology.names)):
             self._tell("regrouped", step, sorted(took_part - now), sorted(now - took_part))
@@ -397,10 +434,11 @@ class Trainer:
                 evaluation = self._evaluate()
             self._tell("evaluated", step, step // per_epoch, evaluation)
         while step < job.steps:
-            count = min(chunk, per_epoch - step % per_epoch)
+            profiled = self.profile and (step > first or step + 1 == job.steps)
+            count = min(self.profile if profiled else chunk, per_epoch - step % per_epoch)
             before = time.perf_counter()
             with _when(f"steps {step + 1} to {step + count}" if count > 1 else f"step {step + 1}"):
-                results = runner.train(count)
+                results = self._profile(count) if profiled else runner.train(count)
                 self._check_finite(results)
             seconds = time.perf_counter() - before
             training_seconds += seconds
@@ -416,7 +454,7 @@ class Trainer:
                     self._tell("timed", step, runner.times())
                     if epoch % training.eval_every == 0 or ends:
                         evaluation = self._evaluate()
-                        best = max(best, evaluation.accuracy)
+                        best = max(best, evaluation.quality)
                         self._tell("evaluated", step, epoch, evaluation)
                 if stopped or (not position and (epoch % training.checkpoint_every == 0 or ends)):
                     save()
@@ -427,10 +465,12 @@ class Trainer:
         if evaluation is None:  # all steps were taken, but the summary is not there
             with _when(f"after step {step}"):
                 evaluation = self._evaluate()
-            best = max(best, evaluation.accuracy)
+            best = max(best, evaluation.quality)
         summary = Summary(
             run=str(self.run),
             test_accuracy=evaluation.accuracy,
+            test_rmse=evaluation.scores.get("rmse"),
+            test_r2=evaluation.scores.get("r2"),
             test_loss=evaluation.loss,
             epochs=training.epochs,
             steps=step,
@@ -445,6 +485,14 @@ class Trainer:
         write_json(self.run / "summary.json", asdict(summary))
         self._tell("ended", summary)
         return summary
+
+    def _profile(self, steps: int) -> list[StepResult]:
+        """Train, and write down what each actor did when."""
+        results, tracks = self.runner.profile(steps)
+        found = chrome(tracks, slowest([track.busy for track in tracks]))
+        write_text(self.run / TRACE, to_json(found))
+        self.profile = 0
+        return results
 
     def _check_finite(self, results: Sequence[StepResult]) -> None:
         """Name the first number of some steps that is not finite: stop, or say what was skipped."""
@@ -488,9 +536,11 @@ class Trainer:
             epoch=(step - 1) // job.steps_per_epoch + 1,
             epochs=job.spec.training.epochs,
             loss=sum(r.loss for r in results) / len(results),
-            accuracy=sum(r.correct for r in results) / samples,
+            accuracy=_mean([None if r.correct is None else r.correct / r.samples for r in results]),
             samples_per_second=samples / seconds,
             seconds_left=(job.steps - step) * seconds / len(results),
+            squares=_mean([r.squares for r in results]),
+            variance=_mean([r.variance for r in results]),
         )
 
     def _sent(self) -> int:
@@ -499,6 +549,19 @@ class Trainer:
     def _tell(self, event: str, *news: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*news)
+
+
+def _mean(numbers: Sequence[float | None]) -> float | None:
+    """None of those that are not there."""
+    there = [number for number in numbers if number is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _best(job: Job, best: float) -> dict[str, float | None]:
+    """The best of all evaluations, by what it is."""
+    if not job.data.targets:
+        return {"best_test_accuracy": max(0.0, best)}
+    return {"best_test_accuracy": None, "best_test_r2": best if math.isfinite(best) else None}
 
 
 @contextmanager
@@ -519,6 +582,7 @@ def state_digest(job: Job) -> str:
         spec.data.model_dump_json(include={"name", "split"}),
         spec.training.model_dump_json(include={"dtype"}),
         spec.training.optimizer.name,
+        *[repr(targets) for targets in [spec.data.targets] if targets],
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -569,7 +633,9 @@ def read_summary(run: Place, steps: int) -> Summary | None:
     """The summary of a run that ended after so many steps; None if there is none."""
     try:
         content = json.loads(read(run / "summary.json", MAX_TEXT))
-        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
+        values: dict[str, Any] = {
+            k: math.nan if v is None and not SCORES.fullmatch(k) else v for k, v in content.items()
+        }
         found = TypeAdapter(Summary).validate_python(values)
     except (OSError, ValueError, RecursionError, AttributeError):  # missing or damaged
         return None

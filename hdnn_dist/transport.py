@@ -47,6 +47,14 @@ class Transport(Protocol):
         """Seconds so far in which nothing was left but to wait for other processes."""
         ...
 
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """Seconds so far in which this process slept until another came, by the other's rank.
+
+        Empty where there is no other, or where it is not known which.
+        """
+        ...
+
     def post(self, phase: Round, mail: Mail, batch: int) -> None:
         """Have what the border sends in a round on its way; its `exchange` comes next."""
         ...
@@ -157,6 +165,11 @@ class InProcess:
             total.update({link: each.times * size for link, size in each.bytes.items()})
         total.update(self._besides)
         return total
+
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        return {}
 
     def count(self, sent: Mapping[tuple[int, int], int]) -> None:
         """Take so many bytes for sent besides, by (source, target); fewer, if they are negative."""
@@ -333,6 +346,12 @@ class PointToPoint(Apart):
         apart = {(self.host[a], self.host[b]) for a, b in self.links}
         return sorted({p for pair in apart if self.rank in pair for p in pair} - {self.rank})
 
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        wires: list[Wire] = [self._far, *([] if self.near is None else [self.near])]
+        return {peer: seconds for wire in wires for peer, seconds in wire.waited.items()}
+
     def wire(self, peer: int) -> Wire:
         """What leads to a peer."""
         return self._far if self.near is None or peer not in self.near.peers else self.near
@@ -438,6 +457,11 @@ class Staged:
     def waited(self) -> float:
         """See `Transport`."""
         return self.inner.waited
+
+    @property
+    def waited_for(self) -> dict[int, float]:
+        """See `Transport`."""
+        return self.inner.waited_for
 
     def post(self, phase: Round, mail: Mail, batch: int) -> None:
         """See `Transport`."""

@@ -16,6 +16,8 @@ import secrets
 import select
 import socket
 import struct
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -84,7 +86,13 @@ class PeerError(Exception):
 
 
 class Wire(Protocol):
-    """Carries frames between this process and others, which it tells by their rank."""
+    """Carries frames between this process and others, which it tells by their rank.
+
+    Attributes:
+        waited: seconds so far in which it slept until a peer had sent or taken something, by peer.
+    """
+
+    waited: dict[int, float]
 
     def inbox(self, label: str, shape: Sequence[int], dtype: torch.dtype) -> Frame:
         """A frame to receive in."""
@@ -116,6 +124,7 @@ class Gloo:
     """
 
     def __init__(self) -> None:
+        self.waited: dict[int, float] = defaultdict(float)
         self._guard = secrets.token_bytes(2 * STAMP)
         self._pending: list[tuple[int, dist.Work | None]] = []
 
@@ -139,10 +148,12 @@ class Gloo:
         for peer, work in self._pending:
             if work is None:
                 continue
+            started = time.perf_counter()
             try:
                 work.wait()
             except RuntimeError as error:
                 raise PeerError(peer, str(error).splitlines()[0]) from error
+            self.waited[peer] += time.perf_counter() - started
 
 
 class Sockets:
@@ -155,6 +166,7 @@ class Sockets:
 
     def __init__(self, peers: Mapping[int, socket.socket], timeout: float) -> None:
         self.peers, self.timeout = dict(peers), timeout
+        self.waited: dict[int, float] = defaultdict(float)
         self._out: dict[int, memoryview] = {}  # what is still to go
         self._in: dict[int, tuple[Frame, int]] = {}  # what is still to come, and how much has
         for peer in peers.values():
@@ -194,9 +206,11 @@ class Sockets:
         for rank in self._out.keys() | self._in.keys():
             events = select.POLLOUT if rank in self._out else 0
             poll.register(self.peers[rank], events | (select.POLLIN if rank == first else 0))
+        awaited = next(iter(self._out)) if first is None else first
+        started = time.perf_counter()
         if not poll.poll(self.timeout * 1e3):
-            silent = next(iter(self._out)) if first is None else first
-            raise PeerError(silent, f"no news within {self.timeout:g} s")
+            raise PeerError(awaited, f"no news within {self.timeout:g} s")
+        self.waited[awaited] += time.perf_counter() - started
 
     def _send(self) -> None:
         """What the sockets take now."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult
+from hdnn_dist.agent import CPU, Agent, Evaluation, Fault, StepResult, counted, whole
 from hdnn_dist.analysis import Sums
 from hdnn_dist.capture import Captured
 from hdnn_dist.checkpoint import Manifest, load_agent, save_agent
@@ -29,6 +29,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
+from hdnn_dist.trace import Recorder, Track
 from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
@@ -79,6 +80,19 @@ class Times:
     wait: float
     node: str = ""
 
+    def a_step(self) -> list[tuple[float, float, float]]:
+        """Seconds of a step to each agent: to compute, to hand over messages, to wait.
+
+        An agent waits for other processes, and while others in its own compute; what is left of a
+        step is its process's, to hand over messages.
+        """
+        computed = sum(self.compute)
+        send = max(0.0, self.total - computed - self.wait)
+        return [
+            (own / self.steps, send / self.steps, (self.wait + computed - own) / self.steps)
+            for own in self.compute
+        ]
+
 
 def slowest(busy: Sequence[float]) -> list[int]:
     """Those of some actors for which the others wait, by the seconds in which each was at work.
@@ -94,8 +108,8 @@ class Worker:
     """Hosts some of a job's agents.
 
     Every worker of a job is told to do the same things in the same order; what they compute for one
-    another goes over the transport. Results about the loss are the root's: other workers
-    return nothing.
+    another goes over the transport. Results about the loss are the root's, or of each agent that
+    reads out for itself: workers without such an agent return nothing.
 
     Args:
         job: the job.
@@ -121,6 +135,7 @@ class Worker:
         self._may_capture = device.type == "cuda" and type(transport) is InProcess
         self._captured: Captured | None = None
         self.step = 0
+        self._recorder: Recorder | None = None  # of what is done when, while it is asked for
         self._faults: list[Fault] = []
         self._forget_times()
 
@@ -146,7 +161,8 @@ class Worker:
             updates = {
                 i: self._timed(i, agent.update(self.step)) for i, agent in self.agents.items()
             }
-            results += self._drive(updates, samples, plan.clipping)
+            if parts := self._drive(updates, samples, plan.clipping):
+                results.append(whole(parts))
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
             self.step += 1
         self._steps += steps
@@ -154,8 +170,25 @@ class Worker:
         self._wait += self.transport.waited + self.replicas.waited - waited
         return results
 
+    def profile(self, steps: int) -> tuple[list[StepResult], Track]:
+        """As `train`, and what was done when."""
+        transport, replicas = self.transport, self.replicas
+        self._recorder = recorder = Recorder()
+        self.transport, self.replicas = recorder.transport(transport), recorder.replicas(replicas)
+        results: list[StepResult] = []
+        try:
+            for _ in range(steps):
+                recorder.step = self.step + 1
+                results += self.train(1)
+        finally:
+            self.transport, self.replicas, self._recorder = transport, replicas, None
+        names = tuple(agent.name for agent in self.agents.values())
+        return results, Track(names, tuple(recorder.slices))
+
     def _timed(self, i: int, action: Exchange[Result]) -> Exchange[Result]:
         """An agent's action, with the seconds counted in which it is at work."""
+        if self._recorder is not None:
+            action = self._recorder.agent(self.agents[i].name, action)
         inbox: dict[int, Tensor] | None = None
         while True:
             started = time.perf_counter()
@@ -186,7 +219,7 @@ class Worker:
 
     def _differentiate_at_once(self) -> bool:
         """Have a CUDA graph do it, if there is one and it finds nothing that is to be looked at."""
-        if self._may_capture:
+        if self._may_capture and self._recorder is None:
             self._may_capture = False
             assert isinstance(self.transport, InProcess)
             try:
@@ -204,7 +237,7 @@ class Worker:
         return found
 
     def evaluate(self, part: Part = "test") -> Evaluation | None:
-        """Loss and accuracy over a part of the data set, of which each copy takes its share.
+        """Loss and scores over a part of the data set, of which each copy takes its share.
 
         Raises:
             DataError: the data set has no such part.
@@ -212,22 +245,28 @@ class Worker:
         if part not in PARTS:
             raise DataError(f"the data set has no part {part!r}", f"use one of {', '.join(PARTS)}")
         samples = self.job.data.samples(part)
-        sums = torch.zeros(2, dtype=torch.float64)
+        C, targets = counted(self.job.data), bool(self.job.data.targets)
+        sums = torch.zeros((3 if targets else 2) + C**2, dtype=torch.float64)
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.evaluate(part, start, stop, self.step) for i, a in self.agents.items()}
-            for loss, correct in self._drive(actions, stop - start, self.job.plan.forward):
-                sums += torch.tensor([loss, correct], dtype=sums.dtype)
+            for found in self._drive(actions, stop - start, self.job.plan.forward):
+                sums += found
             self._faults += [agent.fault for agent in self.agents.values() if agent.fault]
-        if self.job.root not in self.agents:
+        if not any(agent.finishes for agent in self.agents.values()):
             return None
         self.replicas.add([sums])
-        loss, correct = sums.tolist()
-        return Evaluation(loss / samples, correct / samples, samples)
+        if targets:
+            loss, squares, variance = (sums / samples).tolist()
+            return Evaluation(loss, None, samples, squares, variance)
+        loss, accuracy = (sums[:2] / samples).tolist()
+        rows = sums[2:].long().view(C, C).tolist()
+        return Evaluation(loss, accuracy, samples, confusion=tuple(map(tuple, rows)))
 
     def predict(self, source: str | os.PathLike[str]) -> np.ndarray | None:
-        """Class probabilities `(samples, C)` for "train", "test", or the rows of a .npy file.
+        """What `Agent.predict` says of "train", "test", or the rows of a .npy file, `(samples, C)`.
 
-        Of these each copy takes its share; None of none.
+        Of these each copy takes its share; None of none. Targets that other processes read out are
+        zero, so that theirs can be added.
 
         Raises:
             DataError: the file cannot be read, or its rows are not samples of the data set.
@@ -243,8 +282,20 @@ class Worker:
         samples = len(next(iter(own.values())))
         for start, stop in _slices(self._share(samples)):
             actions = {i: a.predict(own[i][start:stop]) for i, a in self.agents.items()}
-            chunks += self._drive(actions, stop - start, self.job.plan.forward)
+            parts = self._drive(actions, stop - start, self.job.plan.forward)
+            if parts and self.job.architecture.own is not None:
+                parts = [self._side_by_side(parts)]
+            chunks += parts
         return np.concatenate(chunks) if chunks else None
+
+    def _side_by_side(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The outputs of agents that read out for themselves, among those of all."""
+        architecture = self.job.architecture
+        outputs = np.zeros((len(parts[0]), architecture.outputs))
+        readers = [i for i, agent in self.agents.items() if agent.finishes]
+        for i, part in zip(readers, parts, strict=True):
+            outputs[:, list(architecture.reads_out(i))] = part
+        return outputs
 
     def gradient_squares(self) -> Tensor:
         """`‖∂loss/∂y_j‖²` of the agents here, `j = 0 … N`, at the last step of the last epoch."""

@@ -5,9 +5,13 @@ And what is wrong: any plain value, a value with a part of it changed, bytes tha
 
 from __future__ import annotations
 
+import atexit
 import copy
+import tempfile
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -16,6 +20,7 @@ from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.spec import Spec
+from hdnn_dist.tables import write_table
 from hdnn_dist.transport import InProcess
 
 
@@ -33,9 +38,39 @@ def edges(draw: st.DrawFn, names: list[str]) -> list[list[str]]:
     return [[names[a], names[b]] for a, b in taken]
 
 
+@cache
+def numbers() -> dict[str, Any]:
+    """The section of a table of 12 features and 7 targets, whose units are far apart."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    random = np.random.default_rng(0)
+    x, A = random.standard_normal((30, 12)), random.standard_normal((12, 7))
+    y = np.tanh(x @ A) * 10.0 ** np.arange(-3, 4) + 5
+    return write_table(folder.name, (x[:20], y[:20]), (x[20:], y[20:]))
+
+
+@st.composite
+def tasks(draw: st.DrawFn, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sections of data and readout: digits or targets, read out at the root or by agents."""
+    readers = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    readout = {
+        "agents": draw(st.sampled_from(["all", readers])),
+        "root": draw(st.sampled_from([None, *names])),
+    }
+    kind = draw(st.sampled_from(["classes", "targets", "targets of agents"]))
+    if kind == "classes":
+        return {}, readout
+    if kind == "targets":
+        return numbers(), readout
+    own: dict[str, list[str]] = {}
+    for target in draw(st.permutations(numbers()["targets"]))[: draw(st.integers(1, 7))]:
+        own.setdefault(draw(st.sampled_from(readers)), []).append(target)
+    return numbers() | {"targets": own}, {}
+
+
 @st.composite
 def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
-    """A job on digits with a drawn graph, sizes, depth, readout and patterns."""
+    """A job on digits or a table, with a drawn graph, sizes, depth, readout and patterns."""
     M = draw(st.integers(1, max_agents))
     names = [f"a{i + 1}" for i in range(M)]
     member = draw(st.sampled_from(["H1", "H2", "MS1", "MS2", "MS3"]))
@@ -58,7 +93,7 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
         pairs = {(names.index(a), names.index(b)) for a, b in links}
         seed = draw(st.integers(0, 99))
         given = {"J" if member == "H1" else "X": matrix(member, sizes, pairs, several, seed)}
-    readers = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    data, readout = draw(tasks(names))
     return spec_from_dict(
         {
             "topology": {
@@ -76,11 +111,9 @@ def specs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Spec:
                 "layer_graphs": layer_graphs,
                 "train_J": member == "H2" and draw(st.booleans()),
                 **given,
-                "readout": {
-                    "agents": draw(st.sampled_from(["all", readers])),
-                    "root": draw(st.sampled_from([None, *names])),
-                },
+                "readout": readout,
             },
+            "data": data,
             "training": {
                 "batch_size": draw(st.integers(1, 5)),
                 "alpha": draw(st.sampled_from([0.0, 0.1])),

@@ -28,7 +28,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.trainer import LocalRunner
 from hdnn_dist.transport import InProcess, Mail
 from hdnn_dist.worker import Worker
-from tests.strategies import in_process
+from tests.strategies import in_process, numbers
 
 # Workers cannot import a test module: its classes travel whole.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -50,6 +50,21 @@ def a_job(dtype: str, encoder: str = "linear", *overrides: str) -> Job:
             *("training.batch_size=32", "training.clip_norm=1.0", f"training.dtype={dtype}"),
             *(f"model.encoder={encoder}", "cluster.timeout=30", "cluster.agents_per_actor=1"),
         ],
+    )
+
+
+def with_targets(dtype: str) -> Job:
+    """Each agent has targets of its own to read out."""
+    own = {f"a{k + 1}": [f"y{k}"] for k in range(4)}
+    training = {"batch_size": 10, "clip_norm": 1.0, "dtype": dtype}
+    ring = {"generator": "cycle_graph", "args": {"n": 4}}
+    return Job.load(
+        {
+            "topology": {"agents": 4, "d": 16, "edges": ring},
+            "model": {"layers": 2},
+            "data": numbers() | {"targets": own},
+            "training": training,
+        }
     )
 
 
@@ -76,7 +91,7 @@ def secrets(worker: Worker) -> Secrets:
         for name, value in agent.state().items():
             if value.dim():  # a counter is no secret
                 found[name.split("/")[0]].append(value.numpy())
-        if agent.is_root:
+        if agent.finishes:
             labels = agent.labels("train").numpy()
             found["labels"] += [labels, labels[order], agent.labels("test").numpy()]
     return {kind: [np.array(array) for array in arrays] for kind, arrays in found.items()}
@@ -94,7 +109,7 @@ def leaks(kind: str, arrays: Sequence[np.ndarray], sent: Iterable[bytes]) -> int
     fixed. Labels are few, so that a piece is 16 in a row; they are searched for in every type.
     """
     stream = b"".join(blob + bytes(-len(blob) % 8) for blob in sent)
-    if kind == "labels":
+    if kind == "labels" and arrays[0].dtype == np.int64:
         types = (np.uint8, np.int32, np.int64, np.float32, np.float64)
         return sum(hits([a.astype(t) for a in arrays], stream, 16) for t in types)
     return hits(arrays, stream, 1 if arrays[0].itemsize == 8 else 4)
@@ -139,7 +154,10 @@ class Recorder(InProcess):
 @cache
 def listen_in(encoder: str, dtype: str, *overrides: str) -> tuple[Secrets, list[bytes]]:
     """A run in one process: its secrets before and after each step, and all that it sent."""
-    job = a_job(dtype, encoder, *overrides)
+    return overheard(a_job(dtype, encoder, *overrides))
+
+
+def overheard(job: Job) -> tuple[Secrets, list[bytes]]:
     worker = LocalRunner(job).worker
     recorder = worker.transport = in_process(job, Recorder)
     recorder.heard = []
@@ -158,6 +176,16 @@ def test_no_secret_is_in_what_agents_send(dtype: str) -> None:
     assert sum(map(len, sent)) > 10**5
     for kind in KINDS:
         assert leaks(kind, known[kind], sent) == 0, kind
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_targets_that_agents_read_out_by_themselves_are_not_sent(dtype: str) -> None:
+    known, sent = overheard(with_targets(dtype))
+    assert sum(map(len, sent)) > 10**4
+    for kind in KINDS:
+        assert leaks(kind, known[kind], sent) == 0, kind
+    for leak in known["labels"][0], known["labels"][0].T:
+        assert leaks("labels", known["labels"], [*sent, leak.tobytes()]) > 0
 
 
 def test_distorted_inputs_are_not_sent_either() -> None:

@@ -452,8 +452,23 @@ def test_train_and_eval_on_ray(
 ) -> None:
     run = tmp_path / "ray"
     two = ("--set", "cluster.agents_per_actor=2")
-    assert hdnn("train", spec, *two, "--run", run, "--no-tensorboard") == 0
-    assert "3 agents on 2 Ray actors" in capsys.readouterr().out
+    assert hdnn("train", spec, *two, "--run", run, "--no-tensorboard", "--profile", 2) == 0
+    shown = capsys.readouterr().out
+    assert "3 agents on 2 Ray actors" in shown
+    assert f"trace: {run / 'trace.json'}" in shown
+    slices = json.loads((run / "trace.json").read_text())["traceEvents"]
+    slices = [each for each in slices if each["ph"] == "X"]
+    assert {(each["pid"], each["args"]["step"]) for each in slices} == {
+        (actor, step) for actor in (0, 1) for step in (2, 3)
+    }
+    waits = {(each["pid"], each["args"]["for"]) for each in slices if each["cat"] == "wait"}
+    assert waits <= {(0, "actor 1"), (1, "actor 0")}
+    # On one axis: nobody ends a step before the other has sent what it needs for it.
+    for step in 2, 3:
+        spans = [[s for s in slices if s["pid"] == p and s["args"]["step"] == step] for p in (0, 1)]
+        starts = [min(each["ts"] for each in span) for span in spans]
+        ends = [max(each["ts"] + each["dur"] for each in span) for span in spans]
+        assert max(starts) < min(ends)
     # float32 and other shapes of the same sums: close, not equal
     assert [loss for *_, loss in losses(run)] == pytest.approx(
         [loss for *_, loss in losses(trained)], rel=1e-4

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from hdnn_dist.actor import AgentActor, actor_class
-from hdnn_dist.agent import Evaluation
+from hdnn_dist.agent import Evaluation, whole
 from hdnn_dist.api import fit
 from hdnn_dist.checkpoint import Manifest, Totals, load_agent
 from hdnn_dist.cluster import RayRunner
@@ -36,7 +36,7 @@ from hdnn_dist.run import create, regroup
 from hdnn_dist.testing import assert_close, assert_follows_plan, assert_matches_dense
 from hdnn_dist.trainer import Listener, LocalRunner
 from hdnn_dist.transport import PointToPoint
-from tests.strategies import jobs
+from tests.strategies import jobs, numbers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
@@ -101,7 +101,7 @@ def host(actors: list[Any], job: Job) -> Packing:
 def test_a_step_on_actors_is_the_dense_one(three: list[Any], job: Job) -> None:
     """Loss, all gradients and the bytes on every edge, on any graph."""
     host(three, job)
-    [result] = [result for results in call(three, "train", 1) for result in results]
+    result = whole([result for results in call(three, "train", 1) for result in results])
     gradients = {i: own for part in call(three, "gradients") for i, own in part.items()}
     assert_matches_dense(job, result, gradients)
     sent = {link: size for part in call(three, "sent") for link, size in part.items()}
@@ -439,3 +439,40 @@ def test_a_torch_without_gloos_tls_says_so(tmp_path: Path) -> None:
     said = " ".join(done.stderr.split())
     assert "is built without that transport; unset GLOO_DEVICE_TRANSPORT and" in said
     assert "Traceback" not in said
+
+
+def test_agents_on_actors_read_out_for_themselves_as_in_one_process(tmp_path: Path) -> None:
+    """Training, evaluation and prediction, in two copies, after a loss too; no scores travel."""
+    own = {"a1": ["y6"], "a2": ["y0", "y3"], "a4": ["y2"]}
+    job = Job.load(
+        {
+            "topology": {
+                "agents": 4,
+                "d": 2,
+                "edges": {"generator": "cycle_graph", "args": {"n": 4}},
+            },
+            "model": {"layers": 2},
+            "data": numbers() | {"targets": own},
+            "training": {"batch_size": 6, "dtype": "float64", "clip_norm": 0.5},
+            "cluster": {"replicas": 2, "agents_per_actor": 2, "timeout": 30.0},
+        }
+    )
+    runner, local = RayRunner(job), LocalRunner(job)
+    try:
+        ours, theirs = runner.train(3), local.train(3)
+        for result, expected in zip(ours, theirs, strict=True):
+            assert result.step == expected.step
+            assert result.scores == pytest.approx(expected.scores, abs=1e-10)
+        assert runner.evaluate().scores == pytest.approx(local.evaluate().scores, abs=1e-10)
+        assert_close(torch.tensor(runner.predict("test")), torch.tensor(local.predict("test")), "y")
+        files = runner.save(tmp_path)  # which compares the copies bit by bit
+        for i, agent in local.worker.agents.items():
+            saved = load_agent(
+                tmp_path, agent.name, Manifest(step=3, state="", files=files, totals=Totals())
+            )
+            for key, value in agent.state().items():
+                assert_close(saved[key], value, f"agent {i}: {key}")
+        runner.reform(job.without(["a1"]))
+        assert runner.predict("test").shape == (10, 3)
+    finally:
+        runner.close()

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 from rich.console import Console
 
 from hdnn_dist.agent import Evaluation
-from hdnn_dist.console import LiveView, PlainView, duration, size, view
+from hdnn_dist.console import LiveView, PlainView, duration, size, view, waiting
 from hdnn_dist.job import Job
-from hdnn_dist.trainer import LocalRunner, Progress
+from hdnn_dist.trainer import LocalRunner, Progress, Summary
+from hdnn_dist.worker import Times
 
 RUNNER = LocalRunner(Job.load(None, ["data.train_samples=128", "training.epochs=220"]))
+
+SUMMARY = Summary.__new__(Summary)  # nothing of it is looked at
 
 
 def test_the_console_chooses_its_view() -> None:
@@ -30,6 +34,18 @@ def test_plain_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.getvalue().splitlines() == [
         "epoch   1  step 3/4  loss 0.5000  accuracy  75.0%  100 samples/s  1:05 left",
         "epoch   2  step 4  test accuracy 90.00%  loss 0.2500",
+    ]
+
+
+def test_targets_have_an_error_in_place_of_an_accuracy() -> None:
+    out = io.StringIO()
+    plain = PlainView(Console(file=out, width=200))
+    plain._last = -math.inf
+    plain.stepped([], Progress(3, 4, 1, 2, 0.5, None, 100.0, 65.0, 0.25, 1.0))
+    plain.evaluated(4, 2, Evaluation(0.25, None, 10, 16.0, 1.0))
+    assert out.getvalue().splitlines() == [
+        "epoch   1  step 3/4  loss 0.5000  RMSE 0.5  R² 0.500  100 samples/s  1:05 left",
+        "epoch   2  step 4  test RMSE 4  R² 0.7500  loss 0.2500",
     ]
 
 
@@ -61,6 +77,29 @@ def test_the_live_view_cuts_no_figure(width: int, rows: int) -> None:
         " MB/step",
     ):
         assert part in "\n".join(last)
+
+
+def test_the_actors_for_which_the_others_waited_are_named_in_the_end() -> None:
+    def times(*waits: float) -> list[Times]:
+        return [
+            Times((f"a{k}", f"b{k}"), 10, 0.04, (0.01, 0.01), wait) for k, wait in enumerate(waits)
+        ]
+
+    assert waiting(times(0.03, 0.0, 0.02)) == (
+        "the others wait for the actor of a1, b1: it was at work for 4 ms of a step of 4 ms, and "
+        "the others for 1.5 ms on average"
+    )
+    assert (waiting(times(0.03, 0.0, 0.002)) or "").startswith(
+        "the others wait for the actors of a1, b1, a2 and 1 more: they were at work for 4 ms"
+    )
+    assert waiting(times(0.036, 0.034, 0.038)) is None, "not long"
+    assert waiting(times(0.0)) is None
+    out = io.StringIO()
+    for plain in PlainView(Console(file=out)), PlainView(Console(file=out)):
+        plain.ended(SUMMARY)  # a run that was not timed has nothing to say
+        plain.timed(10, times(0.03, 0.0))
+        plain.ended(SUMMARY)
+    assert out.getvalue().count("the others wait for the actor of a1, b1") == 2
 
 
 def test_figures_for_people() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from hdnn_dist.gauges import METRICS, TAGS
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -221,3 +224,30 @@ def test_the_readme_leads_to_every_file() -> None:
     readme = (DEPLOY / "README.md").read_text()
     for path in DEPLOY.rglob("*.yaml"):
         assert f"deploy/{path.relative_to(DEPLOY)}" in readme, path
+
+
+def test_the_dashboard_shows_every_figure_by_tags_that_it_has() -> None:
+    """Each query names a figure that the code records, and no tag that it does not have."""
+    board = json.loads((DEPLOY / "grafana" / "hdnn_dist.json").read_text())
+    tags = {f"ray_{m.name}" + "_total" * m.counter: {*TAGS, *m.tags} for m in METRICS}
+    shown = set[str]()
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            query, legend = target["expr"], target["legendFormat"]
+            [figure] = re.findall(r"ray_\w+(?=\{)", query)
+            by = re.findall(r" by \(([^)]*)\)", query)
+            told = {tag for group in by for tag in group.split(", ")}
+            used = set(re.findall(r"(\w+)=~", query))
+            named = set(re.findall(r"\{\{(\w+)\}\}", legend))
+            assert told | used | named <= tags[figure], panel["title"]
+            assert named <= (told or tags[figure]), panel["title"]
+            assert ("rate(" in query) == figure.endswith("_total"), panel["title"]
+            shown.add(figure)
+    assert shown == tags.keys()
+    source, job = board["templating"]["list"]
+    assert (source["name"], source["type"]) == ("datasource", "datasource")
+    [figure, tag] = re.fullmatch(r"label_values\((\w+), (\w+)\)", job["query"]["query"]).groups()  # type: ignore[union-attr]
+    assert tag in tags[figure]
+    assert f"${job['name']}" in board["panels"][0]["targets"][0]["expr"]
+    corners = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
+    assert len(set(corners)) == len(board["panels"])

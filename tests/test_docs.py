@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 import typer
 
+import half_step
 import hdnn_dist
-from docs import half_step, reference
+import reference
 from hdnn_dist.cli import app, main
 from hdnn_dist.job import Job
 from hdnn_dist.reader import json_schema

@@ -24,3 +24,15 @@ def test_sensors_tell_the_corner_that_is_heated(tmp_path: Path) -> None:
     assert [len(view.columns) for view in job.views] == [4] * 16
     summary = hdnn_dist.train(job, run=tmp_path / "run", local=True)
     assert summary.test_accuracy > 0.7  # a quarter by chance
+
+
+def test_sensors_foretell_the_field_better_where_they_talk(tmp_path: Path) -> None:
+    [talking, alone, wide], persistence = example("field").jobs(tmp_path, 8, 800, epochs=15)
+    assert not alone.plan.training_step
+    assert wide.parameters > talking.parameters > alone.parameters
+    assert all(phase.name.startswith("states") for phase in talking.plan.training_step)
+    errors = [
+        hdnn_dist.train(job, run=tmp_path / job.topology.name, local=True).test_rmse
+        for job in (talking, alone)
+    ]
+    assert errors[0] < errors[1] < persistence

@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.metrics import JsonLines, TensorBoard
+from hdnn_dist.metrics import JsonLines
 from hdnn_dist.trainer import Listener, Progress, Runner
 
 TWO_STEPS_AN_EPOCH = cast(Runner, SimpleNamespace(job=SimpleNamespace(steps_per_epoch=2)))
@@ -56,6 +54,17 @@ def test_a_record_a_step_and_an_evaluation(tmp_path: Path) -> None:
     ]
 
 
+def test_of_targets_there_are_rmse_and_r2(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path)
+    lines.started(TWO_STEPS_AN_EPOCH, 0)
+    lines.stepped([StepResult(1, 0.5, None, 4, 0.01, None, 9.0, 1.0)], at(1))
+    lines.evaluated(1, 1, Evaluation(0.25, None, 10, 4.0, 0.5))
+    lines.close()
+    train, test = records(tmp_path)
+    assert (train["rmse"], train["r2"], "accuracy" in train) == (3.0, 0.5, False)
+    assert (test["rmse"], test["r2"], "accuracy" in test) == (2.0, 0.5, False)
+
+
 def test_records_are_on_disk_at_once_and_hold_no_nan(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path)
     lines.started(TWO_STEPS_AN_EPOCH, 0)
@@ -92,14 +101,3 @@ def test_lines_that_are_no_records_end_the_file(tmp_path: Path, damage: bytes) -
         ("train", 2),
         ("eval", 2),
     ]
-
-
-def test_tensorboard_events(tmp_path: Path) -> None:
-    play(TensorBoard(tmp_path), 0, 3)
-    time.sleep(1.1)  # TensorBoard reads its files in the order of the second they were made in
-    play(TensorBoard(tmp_path), 2, 4)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [event.step for event in events.Scalars("test/accuracy")] == [2, 4]
-    assert events.Scalars("test/accuracy")[0].value == pytest.approx(0.9)

@@ -60,7 +60,7 @@ def test_training_keeps_the_sparsity(job: Job) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(2):
         optimiser.zero_grad()
-        model(torch.randn(4, 64, dtype=job.dtype)).square().sum().backward()
+        model(torch.randn(4, job.data.features, dtype=job.dtype)).square().sum().backward()
         optimiser.step()
     architecture, patterns = job.architecture, job.architecture.patterns
     for name in job.architecture.member.matrices:

@@ -20,7 +20,7 @@ from hdnn_dist.testing import (
 )
 from hdnn_dist.transport import InProcess, drive
 from hdnn_dist.worker import Worker
-from tests.strategies import in_process, jobs
+from tests.strategies import in_process, jobs, numbers
 
 
 def run(
@@ -59,7 +59,7 @@ def test_spread_is_the_adjoint_of_collect(job: Job) -> None:
     agents = Worker(job, range(len(job.architecture.names)), in_process(job))
     nodes = {i: agent.node for i, agent in agents.agents.items()}
     on_tree = sorted(job.architecture.tree.depth)
-    C, own = job.architecture.classes, job.plan.collect_of
+    C, own = job.architecture.outputs, job.plan.collect_of
     up = job.plan.collect
     down = [phase.adjoint for phase in reversed(up)]
 
@@ -123,13 +123,16 @@ def test_so_do_those_of_an_analysis(job: Job) -> None:
         {"name": "MS3"},
     ],
 )
-def test_no_message_can_be_left_out(model: dict[str, str]) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["to a root", "read out by themselves"])
+def test_no_message_can_be_left_out(model: dict[str, str], own: bool) -> None:
     """Whichever is lost, the gradients, the loss or the norm are others: the plan is minimal."""
     topology = {"agents": 3, "d": 1, "edges": [["a1", "a2"], ["a2", "a3"]]}
     training = {"batch_size": 2, "clip_norm": 1e-3, "dtype": "float64"}
-    job = Job.load(
-        {"topology": topology, "model": {**model, "layers": 1, "h": 0.5}, "training": training}
-    )
+    spec = {"topology": topology, "model": {**model, "layers": 1, "h": 0.5}, "training": training}
+    if own:
+        targets = {f"a{k}": [f"y{k}"] for k in (1, 2, 3)}
+        spec["data"] = numbers() | {"targets": targets}
+    job = Job.load(spec)
 
     class Lossy(InProcess):
         lost: tuple[int, tuple[int, int]] | None = None

@@ -15,6 +15,7 @@ from hdnn_dist.cli import main
 from hdnn_dist.errors import CheckpointError, UserError
 from hdnn_dist.page import write_page
 from hdnn_dist.storage import read, read_text
+from tests.strategies import numbers
 
 TINY = [
     "topology.name=<b>$ring$</b>",
@@ -95,6 +96,29 @@ def test_runs_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     assert "2: two: Backward sensitivities were not measured" in text
     names = {file.stem for file in (tmp_path / "both").glob("*.png")}
     assert {"loss", "topology-1", "topology-2", "confusion-2"} <= names
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_regression_stands_beside_a_classification(
+    own: bool, runs: list[Path], tmp_path: Path
+) -> None:
+    targets = {"b1": ["y6"], "b2": ["y0", "y3"]}
+    spec = {
+        "topology": {"agents": ["b1", "b2"], "d": 2, "edges": [["b1", "b2"]]},
+        "data": numbers() | ({"targets": targets} if own else {}),
+        "training": {"epochs": 2, "batch_size": 10},
+    }
+    summary = hdnn_dist.train(spec, run=tmp_path / "run", local=True)
+    places = [runs[0], tmp_path / "run"]
+    page = write_page(places, out=tmp_path / "both", local=True, worst=0, bsm=False)
+    text = Path(str(page)).read_text()
+    assert f"<td>–</td><td>{summary.test_rmse:.4g}</td>" in text
+    assert f'<th scope="row">best test R²</th><td>–</td><td>{summary.best_test_r2:.4f}' in text
+    assert ("b1, root" in text) == (not own)
+    made = {file.stem for file in (tmp_path / "both").glob("*.png")}
+    assert {"accuracy", "rmse", "confusion-1", "fit-2", "errors-2"} <= made
+    assert not {"confusion-2", "fit-1", "errors-1"} & made
+    assert ("of 2. Least" if own else "of 7. Least") in text  # errors of agents, or of targets
 
 
 def test_a_run_at_a_url_has_its_page_there(runs: list[Path]) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ from hdnn_dist.run import (
 )
 from hdnn_dist.storage import place
 from hdnn_dist.trainer import Listener, LocalRunner, Progress, Runner, restore, state_digest
+from tests.strategies import numbers
 
 TOPOLOGY = {"name": "a pair/of", "agents": ["a", "b"], "d": 2, "edges": [["a", "b"]]}
 
@@ -261,6 +262,20 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
     assert to_json(content) == '{"a": null, "b": [1.5, [null, {"c": null}]], "d": "NaN"}'
 
 
+def test_a_trace_is_of_some_steps_after_the_first_and_changes_nothing(tmp_path: Path) -> None:
+    job = tiny(training={"epochs": 2, "batch_size": 16})
+    assert job.steps_per_epoch == 4
+    summaries = [
+        hdnn_dist.fit(LocalRunner(job), create(job, tmp_path / name), profile=steps)
+        for name, steps in (("plain", 0), ("traced", 5))
+    ]
+    assert len({summary.test_loss for summary in summaries}) == 1
+    assert not (tmp_path / "plain" / "trace.json").exists()
+    events = json.loads((tmp_path / "traced" / "trace.json").read_text())["traceEvents"]
+    steps = {event["args"]["step"] for event in events if event["ph"] == "X"}
+    assert steps == {2, 3, 4}, "to the end of an epoch"
+
+
 def test_a_resumed_run_is_summed_over_all_its_processes(tmp_path: Path) -> None:
     """Cut after three of four epochs, its last evaluation the worst."""
     run = tmp_path / "run"
@@ -305,6 +320,32 @@ def test_a_resumed_run_is_summed_over_all_its_processes(tmp_path: Path) -> None:
     (run / "summary.json").write_text("[]")
     assert hdnn_dist.fit(Moody(job), run).training_seconds == summary.training_seconds
     assert json.loads((run / "summary.json").read_text())["best_test_accuracy"] == 0.9
+
+
+def test_the_best_of_a_regression_is_that_of_the_largest_r2(tmp_path: Path) -> None:
+    """Also where all are worse than the mean of the targets, and over two processes."""
+    losses = [3.0, 1.5, math.nan, 2.0, 1.75]
+
+    class Moody(LocalRunner):
+        def evaluate(self, part: Part = "test") -> Evaluation:
+            return Evaluation(losses[self.worker.step // 4 - 1], None, 10, 9.0, 1.0)
+
+    spec: dict[str, Any] = {
+        "topology": {"agents": 2, "edges": [["a1", "a2"]]},
+        "model": {"layers": 1},
+        "data": numbers(),
+        "training": {"batch_size": 5, "on_nonfinite": "skip", "keep_last": 1},
+    }
+    run = tmp_path / "run"
+    for epochs in (4, 5):
+        job = Job.load(spec | {"training": spec["training"] | {"epochs": epochs}})
+        summary = hdnn_dist.fit(Moody(job), create(job, run) if epochs == 4 else run)
+        assert (summary.test_rmse, summary.best_test_r2) == (3.0, -0.5)
+        assert (summary.test_accuracy, summary.best_test_accuracy) == (None, None)
+        assert summary.test_scores["r2"] == 1 - losses[epochs - 1]
+        kept = [folder.name for folder in checkpoints(run)]
+        assert kept == ["step-00000008", f"step-{4 * epochs:08d}"]
+        assert hdnn_dist.fit(Moody(job), run) == summary
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_the_driver_is_the_command_of_this_package() -> None:
         "exec python -m hdnn_dist train --resume /runs/a --set training.epochs=3"
         ' --address "$RAY_ADDRESS"'
     )
+    assert "--run /runs/a --profile 3 --address" in command("/runs/a", profile=3)
 
 
 @pytest.mark.parametrize(

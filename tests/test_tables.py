@@ -14,11 +14,11 @@ from torch.utils.data import TensorDataset
 
 import hdnn_dist
 from hdnn_dist.cli import main
-from hdnn_dist.data import load_features, load_labels, load_rows
+from hdnn_dist.data import load_features, load_labels, load_rows, load_targets
 from hdnn_dist.errors import DataError, SpecError, UserError
 from hdnn_dist.job import Job
 from hdnn_dist.spec import DataSpec
-from hdnn_dist.tables import read_columns, write_table
+from hdnn_dist.tables import read_columns, read_targets, write_table
 
 NAMES = ["sepal length", "sepal width", "petal length", "petal, width"]
 CLASSES = ["setosa", "versicolor", "virginica"]
@@ -144,7 +144,6 @@ def test_arrays_tensors_and_data_sets_make_the_same_table(tmp_path: Path) -> Non
     [
         ((np.zeros((3, 2)), np.zeros(2, int)), "features .3, 2. and classes .2,."),
         ((np.zeros((3, 2)), np.array([0, 1, -1])), "from 0"),
-        ((np.zeros((3, 2)), np.zeros(3)), "no whole numbers"),
         ((np.zeros(3), np.zeros(3, int)), "no samples"),
         (([[1], [1, 2]], [0, 1]), "no samples"),
         (7, "no samples"),
@@ -203,6 +202,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         {"x": torch.zeros(3), "y": torch.zeros(3)},
         {"x": torch.zeros(3, 2), "y": torch.zeros(4, dtype=torch.long)},
         {"x": torch.zeros(3, 2), "y": torch.zeros(3)},
+        {"x": torch.zeros(3, 2), "y": torch.zeros(3, 2, 2, dtype=torch.long)},
     ):
         for file in tmp_path.iterdir():
             file.unlink()
@@ -232,3 +232,173 @@ def test_a_table_that_does_not_fit_the_job_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test.csv").unlink()
     with pytest.raises(DataError, match="no table of the test set"):
         Job.load(spec(tmp_path))
+
+
+# --- targets that are numbers --------------------------------------------------------------------
+
+TARGETS = ["sum, of two", "difference"]
+OWN = {"a": TARGETS[:1], "c": TARGETS[1:]}
+
+
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    """Features, and targets of other units that two agents can tell if they talk."""
+    x = np.random.default_rng(1).standard_normal((400, 4))
+    return x, np.stack([1000 + 50 * (x[:, 0] + x[:, 1]), 1e-3 * (x[:, 3] - x[:, 2])], 1)
+
+
+def regression(folder: Path, targets: object, **more: object) -> dict[str, object]:
+    made = spec(folder)
+    data = {"name": "table", "dir": str(folder), "targets": targets}
+    views = {"a": NAMES[:1], "b": NAMES[1:3], "c": NAMES[3:]}
+    return made | {"data": data | {"split": {"kind": "columns", "columns": views}} | more}
+
+
+def numbers_as_csv(folder: Path, x: np.ndarray, y: np.ndarray) -> None:
+    for part, rows in (("train", slice(0, 300)), ("test", slice(300, 400))):
+        with (folder / f"{part}.csv").open("w", newline="") as stream:
+            lines = csv.writer(stream)
+            lines.writerow([TARGETS[1], *NAMES, TARGETS[0]])
+            lines.writerows(np.column_stack([y[rows, 1:], x[rows], y[rows, :1]]).tolist())
+
+
+def numbers_as_parquet(folder: Path, x: np.ndarray, y: np.ndarray) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for part, rows in (("train", slice(0, 300)), ("test", slice(300, 400))):
+        columns = {name: x[rows, k] for k, name in enumerate(NAMES)}
+        columns |= {name: y[rows, k] for k, name in enumerate(TARGETS)}
+        parquet.write_table(arrow.table(columns), folder / f"{part}.parquet")
+
+
+def numbers_as_arrays(folder: Path, x: np.ndarray, y: np.ndarray) -> None:
+    section = write_table(folder, (x[:300], y[:300]), (x[300:], y[300:]), NAMES, TARGETS)
+    assert section == {"name": "table", "dir": str(folder), "targets": TARGETS}
+
+
+@pytest.mark.parametrize("write", [numbers_as_csv, numbers_as_parquet, numbers_as_arrays])
+def test_targets_are_those_of_the_file_over_their_deviation(write: Writer, tmp_path: Path) -> None:
+    x, y = pair()
+    write(tmp_path, x, y)
+    job = Job.load(regression(tmp_path, OWN))
+    assert (job.data.targets, job.data.outputs, job.data.features) == (tuple(TARGETS), 2, 4)
+    expected = (y - y[:300].mean(0)) / y[:300].std(0)
+    found = load_targets(job.spec.data, "test", TARGETS[::-1])
+    np.testing.assert_allclose(found, expected[300:, ::-1], atol=1e-5)
+    own = (x - x[:300].mean(0)) / x[:300].std(0)
+    found = load_features(job.spec.data, "test", range(4))
+    np.testing.assert_allclose(found, own[300:], atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, OWN], ids=["at the root", "by agents"])
+def test_a_regression_is_trained_evaluated_predicted_shown_and_exported(
+    targets: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = pair()
+    numbers_as_csv(tmp_path, x, y)
+    np.save(tmp_path / "new.npy", x[300:])
+    job, run = tmp_path / "job.yaml", tmp_path / "run"
+    job.write_text(json.dumps(regression(Path("."), targets)))
+    for command in (
+        ["check", str(job)],
+        ["train", str(job), "--local", "--run", str(run), "--no-tensorboard"],
+        ["eval", str(run), "--local"],
+        ["report", str(run), "--local", "--no-bsm"],
+        ["analyze", str(run), "--local", "--samples", "1"],
+        ["export", str(run)],
+        ["predict", str(run), "--local", "--input", str(tmp_path / "new.npy")],
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(command)
+        assert not exit.value.code, command
+    said = capsys.readouterr().out
+    rows = list(csv.reader(said.splitlines()[-101:]))
+    assert rows[0] == ["index", *TARGETS]
+    found = np.array(rows[1:], float)[:, 1:]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test_r2"] > 0.9
+    assert np.sqrt(np.mean((found - y[300:]) ** 2)) == pytest.approx(summary["test_rmse"], rel=1e-3)
+    assert f"test RMSE {summary['test_rmse']:.4g}, R² {summary['test_r2']:.4f}" in said
+    hops = "2 agents read out their own" if targets is OWN else "hops to the root"
+    assert hops in " ".join(said.split())
+    page = (run / "report" / "report.html").read_text()
+    assert f"<td>{summary['test_r2']:.4f}</td>" in page
+    assert "Predicted and true" in page
+    assert {"fit", "errors", "rmse"} <= {file.stem for file in (run / "report").glob("*.png")}
+    told = json.loads((run / "export" / "model.json").read_text())
+    features = torch.from_numpy((x[300:] - told["input"]["mean"]) / told["input"]["std"]).float()
+    program = torch.export.load(run / "export" / "model.pt2").module()
+    output = told["output"]
+    again = program(features).numpy() * output["std"] + output["mean"]
+    assert output["targets"] == TARGETS
+    np.testing.assert_allclose(again, found, rtol=1e-4, atol=1e-6)
+
+
+def test_data_sets_with_numbers_make_the_same_table(tmp_path: Path) -> None:
+    x, y = pair()
+    one = torch.from_numpy(x), torch.from_numpy(y[:, 0])
+    for name, given in (("tensors", one), ("set", TensorDataset(*one)), ("arrays", (x, y[:, :1]))):
+        section = write_table(tmp_path / name, given, given)
+        assert section["targets"] == ["y0"]
+        data = DataSpec.model_validate(section)
+        np.testing.assert_array_equal(read_targets(data, "test", ["y0"]), y[:, :1])
+    whole = x, np.arange(len(x))
+    section = write_table(tmp_path / "whole", whole, whole, targets=["age"])
+    assert read_targets(DataSpec.model_validate(section), "train", ["age"])[7, 0] == 7
+
+
+def test_agents_take_their_targets_with_them(tmp_path: Path) -> None:
+    numbers_as_csv(tmp_path, *pair())
+    job = Job.load(regression(tmp_path, OWN))
+    without = job.without({"a"})  # be it the centre or not
+    assert (without.data.targets, without.architecture.own) == (("difference",), ((), (0,)))
+    assert job.without({"b"}).data.targets == tuple(TARGETS)
+    with pytest.raises(UserError, match="no agent is left"):
+        job.without({"a", "c"})
+
+
+def test_targets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    x, y = pair()
+    numbers_as_csv(tmp_path, x, y)
+    for targets, more, says in (
+        (TARGETS, {"classes": 2}, "both targets and classes"),
+        (TARGETS, {"name": "digits", "dir": None}, "digits has classes, not targets"),
+        (["differenze"], {}, "did you mean 'difference'"),
+        ({"d": TARGETS}, {}, "there is no agent 'd'"),
+        ({"a": TARGETS, "b": TARGETS[:1]}, {}, "'sum, of two' is named twice"),
+        ([], {}, "at least 1"),
+        ({"a": []}, {}, "at least 1"),
+        ("difference", {}, "a list of columns, or one per agent"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            Job.load(regression(tmp_path, targets, **more))
+    for readout, says in (({"root": "a"}, "leave root out"), ({"agents": ["a"]}, "leave agents")):
+        model = {"layers": 4, "readout": readout}
+        with pytest.raises(SpecError, match=says):
+            Job.load(regression(tmp_path, OWN) | {"model": model})
+    write_table(tmp_path / "classes", (x, np.arange(400) % 2), (x, np.arange(400) % 2), NAMES)
+    with pytest.raises(SpecError, match=r"holds classes; give data\.classes"):
+        Job.load(regression(tmp_path / "classes", ["y0"]))
+    write_table(tmp_path / "numbers", (x, y), (x, y), NAMES)
+    with pytest.raises(SpecError, match=r"holds targets; name data\.targets"):
+        Job.load(spec(tmp_path / "numbers"))
+    with pytest.raises(UserError, match="1 names for 2 targets"):
+        write_table(tmp_path, (x, y), (x, y), targets=["y"])
+    with pytest.raises(UserError, match="alike in both sets"):
+        write_table(tmp_path, (x, y), (x, y[:, 0]))
+    (tmp_path / "train.csv").write_text("sepal length,difference\n1,x\n")
+    with pytest.raises(DataError, match="could not convert string 'x'"):
+        read_targets(
+            section(tmp_path, targets=["difference"], classes=None), "train", ["difference"]
+        )
+
+
+def test_damaged_names_of_targets_are_told(tmp_path: Path) -> None:
+    for told in ("{", "7", '["y"]', '{"y": 1, "z": 2}'):
+        save_file(
+            {"x": torch.zeros(3, 2), "y": torch.zeros(3, 2)},
+            tmp_path / "train.safetensors",
+            {"targets": told},
+        )
+        with pytest.raises(DataError, match=r"train.safetensors holds y .3, 2. without a name"):
+            read_targets(section(tmp_path, targets=["y"], classes=None), "train", ["y"])

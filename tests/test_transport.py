@@ -208,6 +208,9 @@ def mixed(rank: int, folder: Path) -> None:
     worker = Worker(job, agents, Staged(wired, CPU) if on_device else wired)
     results = worker.train(3)
     states = {agent.name: agent.state() for agent in worker.agents.values()}
+    waited_for = worker.transport.waited_for
+    assert waited_for.keys() == {other for other in range(3) if other != rank}
+    assert 0 < sum(waited_for.values()) <= worker.transport.waited
     torch.save(([r.loss for r in results], states, dict(wired.sent)), folder / f"{rank}.pt")
     dist.barrier()
 

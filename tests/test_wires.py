@@ -93,6 +93,19 @@ def test_all_messages_of_a_round_arrive_whatever_their_sizes(
         each.close()
 
 
+def test_it_is_told_for_whom_was_waited_and_how_long(pair: tuple[Sockets, socket.socket]) -> None:
+    wire, there = pair
+    assert wire.waited.get(1, 0.0) == 0
+    started = time.perf_counter()
+    timer = threading.Timer(0.2, there.sendall, [bytes(frame().view)])
+    timer.start()
+    wire.post({}, {1: inbox()})
+    wire.wait()
+    timer.join()
+    assert wire.waited.keys() == {1}
+    assert 0.1 < wire.waited[1] <= time.perf_counter() - started
+
+
 def test_a_peer_that_hangs_up_is_told_of_at_once(pair: tuple[Sockets, socket.socket]) -> None:
     wire, there = pair
     threading.Timer(0.2, there.close).start()

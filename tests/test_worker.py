@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,10 +20,11 @@ from hdnn_dist.errors import PlacementError
 from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
+from hdnn_dist.tables import read_targets
 from hdnn_dist.testing import assert_close, assert_matches_dense
 from hdnn_dist.trainer import LocalRunner
 from hdnn_dist.worker import Worker, device_of, slowest
-from tests.strategies import in_process, jobs
+from tests.strategies import in_process, jobs, numbers
 
 Result = TypeVar("Result")
 ONE, DEVICE = ("topology.edges=[]",), "cluster.device="
@@ -122,6 +124,34 @@ def test_copies_share_an_evaluation_and_a_prediction() -> None:
         assert evaluation.loss == pytest.approx(expected.loss, abs=1e-12)
     parts = [torch.tensor(part) for part in all_of(workers, lambda w: w.predict("test"))]
     assert_close(torch.cat(parts), torch.tensor(one.predict("test")), "P")
+
+
+def test_targets_are_predicted_by_copies_as_by_one_and_in_their_units() -> None:
+    own = {"a1": ["y6", "y0"], "a3": ["y2"]}
+    for targets in (own, ["y0", "y6"]):
+        job = Job.load(
+            {
+                "topology": {"agents": 3, "edges": [["a1", "a2"], ["a2", "a3"]]},
+                "data": numbers() | {"targets": targets},
+                "training": {"dtype": "float64"},
+            }
+        )
+        one, workers = alone(job), copies_of(job, 3)
+        expected = one.evaluate()
+        assert expected is not None
+        for found in all_of(workers, lambda worker: worker.evaluate()):
+            assert found is not None
+            assert found.scores == pytest.approx(expected.scores, rel=1e-12)
+        whole = one.predict("test")
+        assert whole is not None
+        parts = [torch.tensor(part) for part in all_of(workers, lambda w: w.predict("test"))]
+        assert_close(torch.cat(parts), torch.tensor(whole), "y")
+        names, data = job.data.targets, job.spec.data
+        y, train = read_targets(data, "test", names), read_targets(data, "train", names)
+        assert expected.scores["rmse"] == pytest.approx(np.sqrt(np.mean((whole - y) ** 2)))
+        errors, off = (np.mean(((p - y) / train.std(0)) ** 2) for p in (whole, train.mean(0)))
+        assert expected.loss == pytest.approx(errors, rel=1e-5)
+        assert expected.scores["r2"] == pytest.approx(1 - errors / off, rel=1e-5)
 
 
 @pytest.mark.parametrize("what", ["a state", "the loss"])
