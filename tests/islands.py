@@ -108,12 +108,21 @@ class Hosts:
             ip("link", "set", f"hdnn{k}-{cable}", "down")
 
     def mend(self, k: int) -> None:
-        """Plug them in again; what Ray had given up by then is started anew."""
+        """Plug them in again, where all other cores are taken; return when the host's is free.
+
+        A raylet that Ray had given up by then, or that still keeps the core for an actor that was
+        lost on it, is started anew.
+        """
         for cable in 0, 1:
             ip("link", "set", f"hdnn{k}-{cable}", "up")
-        if not self.is_there(k):
-            self._kill(k)
-            self.start(k)
+        deadline = time.monotonic() + 10
+        while not (self.is_there(k) and ray.available_resources().get("CPU", 0) >= 1):
+            if time.monotonic() > deadline:
+                self._kill(k)
+                self.start(k)
+                wait_for(lambda: ray.available_resources().get("CPU", 0) >= 1)
+                break
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Leave Ray and end it."""

@@ -164,7 +164,7 @@ def cut_a_host_off_and_take_it_back(folder: Path) -> None:
             ray.kill(watch.runner._actors[0])
 
         watch = Course(lambda: there.cut(2), rejoin)
-        more = "cluster.agents_per_actor=auto", "training.epochs=80"
+        more = "cluster.agents_per_actor=auto", "training.epochs=120"
         agents = "topology.agents=6", "topology.edges.args.n=6"
         job = Job.load(None, [*SETTINGS, *agents, *more])
         summary = hdnn_dist.train(job, run=folder / "cut", listeners=[watch])
