@@ -28,7 +28,7 @@ from hdnn_dist.cluster import RayRunner
 from hdnn_dist.errors import LostError, PlacementError
 from hdnn_dist.job import Job
 from hdnn_dist.run import reopen
-from hdnn_dist.trainer import Listener, Runner
+from hdnn_dist.trainer import Listener, Progress, Runner
 from tests.chaos import DEATHS, STOPS
 from tests.islands import wait_for
 
@@ -99,12 +99,19 @@ class Loses(Listener):
         self.seconds: list[float] = []  # until it was noticed
         self.causes: list[str] = []
         self.actors: list[int] = []
+        self.timer: threading.Timer | None = None
 
     def started(self, runner: Runner, step: int) -> None:
         assert isinstance(runner, RayRunner)
         self.actors.append(len(runner._actors))
+        self.timer = None
         if self.happens:
-            threading.Timer(1.0, self.happen, (self.happens.pop(0),)).start()
+            self.timer = threading.Timer(1.0, self.happen, (self.happens.pop(0),))
+            self.timer.start()
+
+    def stepped(self, results: object, progress: Progress) -> None:
+        if self.timer is not None and progress.step > 0.8 * progress.steps:
+            self.timer.join()  # the run is not to end before it
 
     def happen(self, what: Callable[[], None]) -> None:
         self.at = time.monotonic()
