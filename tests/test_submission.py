@@ -281,6 +281,7 @@ def test_an_address_that_does_not_answer_is_told_in_one_line(
         ("--run runs/first", "--run: runs/first is relative to this folder, but"),
         ("--resume runs/first", "--resume: runs/first is relative to this folder, but"),
         ("--run /runs/first --data-dir data", "--data-dir: data is relative to this folder, but"),
+        ("--run /runs/first --set data.dir=data", "data.dir: data is relative to this folder, but"),
         ("line.yaml --resume /runs/first", "a SPEC is given with --resume"),
         ("--run /runs/first --set model.layers=none", "model.layers"),
     ],
