@@ -602,7 +602,7 @@ def _placement_section(report: Report) -> Iterator[RenderableType]:
             table.add_row(crossing.source, crossing.target, *amounts)
         yield table
         yield from _rest(len(report.crossings), "pairs of nodes")
-    elif len({actor.node for actor in report.actors} - {None}) == 1:
+    elif len(on := {actor.node for actor in report.actors}) == 1 and None not in on:
         yield Text("all of it on one node")
 
 

@@ -331,6 +331,10 @@ def submit(
         elsewhere(data_dir, "--data-dir")
     changes = _overrides(overrides, data_dir)
     if resume is None:
+        from hdnn_dist.reader import read_spec
+
+        if (folder := read_spec(spec, changes)[0].data.dir) is not None:
+            elsewhere(folder, "data.dir")
         resolved, entry = _load(spec, changes).spec, command(where, profile=profile)
     else:
         resolved, entry = None, command(where, changes, resume=True, profile=profile)

@@ -85,7 +85,11 @@ def _custom(resource: str) -> bool:
 
 
 def start(address: str | None) -> None:
-    """Join a Ray cluster, or start one on this machine."""
+    """Join a Ray cluster, or start one on this machine.
+
+    Raises:
+        PlacementError: there is none to join, or it wants another token.
+    """
     # A cluster's workers do not see the driver's environment.
     folder = os.environ.get("HDNN_DATA")
     variables = {"HDNN_DATA": os.path.abspath(os.path.expanduser(folder))} if folder else {}
@@ -99,6 +103,12 @@ def start(address: str | None) -> None:
         with _interrupt_held():
             ray.init(address="local", include_dashboard=False, **quiet)
         return
+    if address.startswith(("http://", "https://")):
+        raise PlacementError(
+            f"{address!r} is the address of a job server, and no cluster can be joined there",
+            "hand the job to it with `hdnn-dist submit`; or, on one of the cluster's machines, "
+            "name its head, such as HEAD:6379",
+        )
     try:
         host, _, port = address.partition(":")
         if port.isdecimal():  # ray itself tries for minutes

@@ -18,6 +18,7 @@ from hdnn_dist.topology import Topology
 Packing = tuple[tuple[int, ...], ...]
 HAIR = 1e-4  # of a core: the least that Ray counts, for actors that ask for nothing in particular
 NAMED = 3  # agents by which an actor is called
+KINDS = 3  # demands that find no place up to which all are told
 SMALL = 4096  # entries of an agent's K in a layer whose products take as long as to begin them
 
 
@@ -262,7 +263,9 @@ def _lacking(demand: Demand, node: Node, left: Mapping[str, float]) -> list[str]
 def shortage(
     wanted: Sequence[Demand], who: Sequence[str], nodes: Sequence[Node], spread: bool = False
 ) -> str:
-    """Which actors no node could hold, and what each node lacks for the first; empty if all fit.
+    """Which actors no node could hold, and what each node lacks for them; empty if all fit.
+
+    Of actors that ask for the same the first is told, and of what they ask for some kinds.
 
     Args:
         wanted: what each actor asks for.
@@ -276,17 +279,18 @@ def shortage(
         return ""
     if not any(node.resources.get("CPU") for node in nodes):
         return "there is no machine with a core"
-    first = wanted[homeless[0]]
-    asked = [f"{amount:g} {key}" for key, amount in first.resources.items()]
-    asked += [f"the label {key}={value}" for key, value in first.labels.items()]
-    reasons: dict[str, list[str]] = {}
-    for node, rest in zip(nodes, left, strict=True):
-        reasons.setdefault(", ".join(_lacking(first, node, rest)), []).append(node.name)
-    return (
-        f"{len(homeless)} of {len(wanted)} actors find no place; the first, of "
-        f"{who[homeless[0]]}, asks for {', '.join(asked)}; "
-        + "; ".join(f"{few(names)}: {why}" for why, names in reasons.items())
-    )
+    first_of = {repr(wanted[k]): k for k in reversed(homeless)}
+    told = [f"{len(homeless)} of {len(wanted)} actors find no place"]
+    for k in sorted(first_of.values())[:KINDS]:
+        demand, which = wanted[k], "the first" if k == homeless[0] else "another"
+        asked = [f"{amount:g} {key}" for key, amount in demand.resources.items()]
+        asked += [f"the label {key}={value}" for key, value in demand.labels.items()]
+        told.append(f"{which}, of {who[k]}, asks for {', '.join(asked)}")
+        reasons: dict[str, list[str]] = {}
+        for node, rest in zip(nodes, left, strict=True):
+            reasons.setdefault(", ".join(_lacking(demand, node, rest)), []).append(node.name)
+        told += [f"{few(names)}: {why}" for why, names in reasons.items()]
+    return "; ".join(told)
 
 
 def address_of(cluster: ClusterSpec, given: str | None = None) -> str | None:

@@ -247,6 +247,7 @@ def test_placement_on_nodes() -> None:
     assert "1 of 2 actors find no place; the first, of b, asks for" in warning
     assert "1 CPU, 1 camera, the label site=north; camera: 0 CPU of 1 left" in warning
     assert "here: no label site, no camera" in warning
+    assert "all of it on one node" not in shown(found)
 
 
 def test_edges_that_cross_machines_are_told() -> None:

@@ -220,6 +220,18 @@ def test_prometheus_is_told_of_all_pods() -> None:
     assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
 
 
+def test_one_version_of_kuberay_is_asked_for_the_one_that_labels_who_hands_over_a_job() -> None:
+    files = [DEPLOY / "README.md", *(DEPLOY / "kubernetes" / f"{name}.yaml" for name in KUBERAY)]
+    asked = [re.findall(r"KubeRay (?:operator, )?(\d\.\d) or newer", f.read_text()) for f in files]
+    assert asked == [["1.7"]] * 3
+    _, job_server = objects("network-policy")
+    _, submitter = job_server["spec"]["ingress"][0]["from"]
+    assert submitter["podSelector"]["matchLabels"] == {  # of KubeRay's getSubmitterTemplate
+        "ray.io/originated-from-crd": "RayJob",
+        "app.kubernetes.io/created-by": "kuberay-operator",
+    }
+
+
 def test_the_readme_leads_to_every_file() -> None:
     readme = (DEPLOY / "README.md").read_text()
     for path in DEPLOY.rglob("*.yaml"):

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from hdnn_dist.joining import admits
+from hdnn_dist.errors import PlacementError
+from hdnn_dist.joining import admits, start
 
 pytestmark = pytest.mark.cluster
 
@@ -30,6 +31,13 @@ def test_a_cluster_that_is_not_there_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "PlacementError: no Ray cluster answers at '127.0.0.1:1'" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://head"])
+def test_who_would_join_a_job_server_is_told_what_it_is_for(address: str) -> None:
+    told = f"'{address}' is the address of a job server, .*; hand the job to it with `hdnn-dist sub"
+    with pytest.raises(PlacementError, match=told):
+        start(address)
 
 
 def free_port() -> int:

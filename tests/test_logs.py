@@ -30,7 +30,7 @@ def test_a_record_is_a_line_with_its_own_figures_and_whose_it_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure("json", node="there", agents=["a", "b"])
-    log.info("took %d\nsteps", 3, extra={"step": 7, "loss": math.nan, "_ray_timestamp_ns": 1})
+    log.info("took %d\nsteps", 3, extra={"step": 7, "loss": math.nan, "_of_ray": 1})
     try:
         raise ValueError("what?")
     except ValueError:

@@ -227,5 +227,11 @@ def test_what_is_missing_is_told_of_each_node() -> None:
         "site=north; x: 0 camera of 1 left; y: its site is south, "
         "no camera; z0, z1, z2, z3, z4 and 4 more: no label site, no camera"
     )
+    others = [Demand({"GPU": 1.0}, {}), *wanted, Demand({"GPU": 1.0}, {})]
+    assert shortage(others, "abcd", nodes[:2]) == (
+        "3 of 4 actors find no place; the first, of a, asks for 1 GPU; x, y: no GPU; another, of "
+        "c, asks for 1 CPU, 1 camera, the label site=north; x: 0 camera of 1 left; y: its site is "
+        "south, no camera"
+    )
     blind = [Node("head", {}, {})]
     assert shortage(wanted, ["a", "b"], blind) == "there is no machine with a core"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -73,9 +74,11 @@ def test_a_place_must_mean_the_same_elsewhere(place: str | None) -> None:
 
 
 def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """One of those that neither the system hands out nor Ray's workers take as they start."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), closing(socket.create_server(("127.0.0.1", port))):
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,7 @@ def head() -> Iterator[tuple[str, Path]]:
         try:
             agent = f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}/api/healthz"
             for _ in range(240):
+                assert process.poll() is None, (home / "log").read_text()
                 try:
                     urlopen(agent, timeout=2).close()
                     break
@@ -281,6 +285,7 @@ def test_an_address_that_does_not_answer_is_told_in_one_line(
         ("--run runs/first", "--run: runs/first is relative to this folder, but"),
         ("--resume runs/first", "--resume: runs/first is relative to this folder, but"),
         ("--run /runs/first --data-dir data", "--data-dir: data is relative to this folder, but"),
+        ("--run /runs/first --set data.dir=data", "data.dir: data is relative to this folder, but"),
         ("line.yaml --resume /runs/first", "a SPEC is given with --resume"),
         ("--run /runs/first --set model.layers=none", "model.layers"),
     ],
