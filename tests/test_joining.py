@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import pytest
 
 from hdnn_dist.errors import PlacementError
 from hdnn_dist.joining import admits, start
+from tests.ports import free_port
 
 pytestmark = pytest.mark.cluster
 
@@ -38,12 +38,6 @@ def test_who_would_join_a_job_server_is_told_what_it_is_for(address: str) -> Non
     told = f"'{address}' is the address of a job server, .*; hand the job to it with `hdnn-dist sub"
     with pytest.raises(PlacementError, match=told):
         start(address)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")

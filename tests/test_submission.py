@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -25,6 +22,7 @@ from hdnn_dist.cli import main
 from hdnn_dist.errors import UserError
 from hdnn_dist.reader import read_spec
 from hdnn_dist.submission import Jobs, State, command, elsewhere
+from tests.ports import free_port
 
 TOKEN = "secret" * 6
 SPEC = """\
@@ -71,14 +69,6 @@ def test_a_place_must_mean_the_same_elsewhere(place: str | None) -> None:
         elsewhere(place, "--run")
     for good in "/runs/first", "s3://bucket/first":
         assert elsewhere(good, "--run") == good
-
-
-def free_port() -> int:
-    """One of those that neither the system hands out nor Ray's workers take as they start."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with suppress(OSError), closing(socket.create_server(("127.0.0.1", port))):
-            return port
 
 
 @pytest.fixture(scope="module")
