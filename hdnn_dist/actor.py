@@ -23,12 +23,12 @@ from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import Manifest
 from hdnn_dist.data import Part, ensure_available
 from hdnn_dist.direct import Direct
-from hdnn_dist.errors import PlacementError, RunError, TransportError
+from hdnn_dist.errors import PlacementError, RunError, TransportError, few
 from hdnn_dist.gauges import ActorCounters
 from hdnn_dist.job import Job
 from hdnn_dist.joining import TLS
 from hdnn_dist.logs import configure
-from hdnn_dist.placement import Packing, called, hosts
+from hdnn_dist.placement import Packing, hosts
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.spec import Spec
 from hdnn_dist.storage import Place
@@ -228,7 +228,7 @@ class AgentActor:
         waited = {"other copies": self._replicas.waited}
         if (wired := self._wired) is not None:
             for peer, seconds in wired.waited_for.items():
-                waited[called(wired.hosted(peer).split(", "))] = seconds
+                waited[few(wired.hosted(peer).split(", "))] = seconds
         sent = self.worker.transport.sent
         self._counters.record(sent, waited)
         figures = {"sent_bytes": sent.total(), "waited_seconds": round(sum(waited.values()), 3)}

@@ -13,8 +13,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from hdnn_dist.agent import Evaluation, Fault, StepResult
-from hdnn_dist.errors import LostError
-from hdnn_dist.placement import called
+from hdnn_dist.errors import LostError, few
 from hdnn_dist.trainer import Listener, Progress, Runner, Summary
 from hdnn_dist.worker import Times, slowest
 
@@ -100,7 +99,7 @@ def waiting(times: Sequence[Times]) -> str | None:
     if not (slow := slowest(busy, step)):
         return None
     others = [each for k, each in enumerate(busy) if k not in slow]
-    names = called([name for k in slow for name in times[k].agents])
+    names = few([name for k in slow for name in times[k].agents])
     who = f"actors of {names}: they were" if len(slow) > 1 else f"actor of {names}: it was"
     return (
         f"the others wait for the {who} at work for {max(busy):.3g} ms of a step of {step:.3g} ms, "

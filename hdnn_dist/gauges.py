@@ -16,7 +16,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.placement import called
+from hdnn_dist.errors import few
 
 EVERY = 5.0  # seconds between two records of an actor, which has a figure for each of its edges
 Kind = TypeVar("Kind", Counter, Gauge)
@@ -127,7 +127,7 @@ class ActorCounters:
     def __init__(self, topology: str, names: Sequence[str], agents: Sequence[int]) -> None:
         self._sent = _tagged(Counter, SENT, topology)
         self._waited = _tagged(Counter, WAITED, topology)
-        self._names, self._here = names, called([names[i] for i in agents])
+        self._names, self._here = names, few([names[i] for i in agents])
         self._before: tuple[Mapping[tuple[int, int], int], Mapping[str, float]] = {}, {}
         self._recorded = -EVERY
 

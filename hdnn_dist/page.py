@@ -41,6 +41,7 @@ from hdnn_dist.trainer import Summary, read_summary
 from hdnn_dist.worker import Times
 
 MOST = 8  # runs side by side
+MANY = 24  # keys in which specs differ, more of which are folded up
 BSM_SAMPLES = 4
 _TIMES = TypeAdapter(list[Times])  # as records have them
 
@@ -539,6 +540,7 @@ def _render(shown: Sequence[Shown], sections: Sequence[Section]) -> str:
         runs=shown,
         facts=[(name, [own.get(name, "–") for own in facts]) for name in labels],
         differences=differences([run.job.spec for run in shown]),
+        many=MANY,
         sections=sections,
         size=size,
         quote=shlex.quote,

@@ -17,7 +17,6 @@ from hdnn_dist.topology import Topology
 
 Packing = tuple[tuple[int, ...], ...]
 HAIR = 1e-4  # of a core: the least that Ray counts, for actors that ask for nothing in particular
-NAMED = 3  # agents by which an actor is called
 KINDS = 3  # demands that find no place up to which all are told
 SMALL = 4096  # entries of an agent's K in a layer whose products take as long as to begin them
 
@@ -99,12 +98,6 @@ def _whole(weights: Sequence[int]) -> list[int]:
     """Weights as whole numbers up to a thousand, as METIS adds them up in 32 bits."""
     most = max(weights, default=0)
     return [max(1, round(1000 * weight / most)) for weight in weights]
-
-
-def called(agents: Sequence[str]) -> str:
-    """What an actor is called after its agents."""
-    more = len(agents) - NAMED
-    return ", ".join(agents[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def hosts(packing: Packing) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from hdnn_dist.errors import few
 from hdnn_dist.exchange import Round
 from hdnn_dist.node import Exchange
-from hdnn_dist.placement import called
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.transport import Mail, Transport
 
@@ -215,7 +215,7 @@ def chrome(tracks: Sequence[Track], slow: Collection[int]) -> dict[str, Any]:
         labels = ["the others wait for it"] if rank in slow else []
         labels += [f"clock ± {1e3 * track.error:.2g} ms"] if track.error else []
         about = [
-            _about("process_name", rank, name=f"actor {rank}: {called(track.agents)}{where}"),
+            _about("process_name", rank, name=f"actor {rank}: {few(track.agents)}{where}"),
             _about("process_sort_index", rank, sort_index=rank),
             _about("process_labels", rank, labels=", ".join(labels)),
         ]

@@ -32,7 +32,7 @@ from hdnn_dist.trainer import Listener, Progress, Runner
 from tests.chaos import DEATHS, STOPS
 from tests.islands import wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.chaos]
 
 TIMEOUT = 15  # cluster.timeout
 SETTINGS = (
@@ -64,7 +64,6 @@ def test_a_run_that_loses_a_machine_and_a_process_has_the_weights_of_a_quiet_one
     assert kill(2, seed=9)["kills"].keys() == {"machine", "stopped process"}
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(2400)
 def test_so_has_one_with_twenty_deaths_and_ten_stops() -> None:
     assert kill(30, seed=0)["kills"] == dict.fromkeys(DEATHS + STOPS, 5)
@@ -159,7 +158,6 @@ def go_on_with_fewer_machines(folder: Path) -> None:
     cluster.shutdown()
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_with_the_machines_that_are_left_or_says_that_there_are_none(
     tmp_path: Path,
@@ -218,7 +216,6 @@ def lose_machines_while_the_group_forms(folder: Path) -> None:
     assert same_weights(folder / "run", folder / "quiet")
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_machines_that_are_lost_while_the_group_forms_are_named_in_time(tmp_path: Path) -> None:
     apart(lose_machines_while_the_group_forms, tmp_path)
@@ -260,7 +257,6 @@ def machine() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_the_actors_of_a_killed_driver_leave_the_cluster(tmp_path: Path, machine: Cluster) -> None:
     run, address = tmp_path / "run", ["--address", machine.address]
@@ -279,7 +275,6 @@ def test_the_actors_of_a_killed_driver_leave_the_cluster(tmp_path: Path, machine
     assert same_weights(run, tmp_path / "quiet")
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_a_driver_that_is_killed_leaves_no_process_and_its_run_goes_on(tmp_path: Path) -> None:
     run, moments = tmp_path / "run", random.Random(0)

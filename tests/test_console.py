@@ -100,7 +100,7 @@ def test_the_actors_for_which_the_others_waited_are_named_in_the_end() -> None:
         "the others for 1.5 ms on average"
     )
     assert (waiting(times(0.03, 0.0, 0.002)) or "").startswith(
-        "the others wait for the actors of a1, b1, a2 and 1 more: they were at work for 4 ms"
+        "the others wait for the actors of a1, b1, a2, b2: they were at work for 4 ms"
     )
     assert waiting(times(0.036, 0.034, 0.038)) is None, "not long"
     assert waiting(times(0.0)) is None

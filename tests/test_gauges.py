@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from hdnn_dist.cluster import RayRunner
+from hdnn_dist.errors import few
 from hdnn_dist.gauges import EVERY, METRICS, ActorCounters, Metric
 from hdnn_dist.job import Job
-from hdnn_dist.placement import called
 from hdnn_dist.trainer import LocalRunner
 
 Sample = tuple[str, dict[str, str], float]
@@ -75,7 +75,7 @@ def test_prometheus_is_served_every_figure_of_a_run(cluster: None) -> None:
             for name, tags, _ in samples
             if name == "ray_hdnn_waited_seconds_total"
         }
-        one, other = (called([agents[i] for i in members]) for members in runner.packing)
+        one, other = (few([agents[i] for i in members]) for members in runner.packing)
         assert waits <= {(one, other), (other, one)}
         assert {tags["ray_job"] for _, tags, _ in samples} == {
             ray.get_runtime_context().get_job_id()

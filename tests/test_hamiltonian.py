@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from hdnn_dist.hamiltonian import ACTIVATIONS, energy, energy_gradient, skew
+from hdnn_dist.errors import UserError
+from hdnn_dist.hamiltonian import ACTIVATIONS, activation_of, energy, energy_gradient, skew
 from hdnn_dist.testing import assert_close
 
 x = torch.tensor([-800.0, -3.0, -0.5, 0.3, 2.0, 800.0], dtype=torch.float64)
@@ -42,3 +46,19 @@ def test_J_is_skew_symmetric() -> None:
     J = skew(X)
     assert torch.equal(J, -J.mT)
     assert torch.equal(J[3:, :3], X)
+
+
+def test_an_activation_is_found_by_name_and_pickled_by_it() -> None:
+    own = activation_of("tanh")
+    assert pickle.loads(pickle.dumps(own)) == own
+    with pytest.raises(UserError, match="no activation is named 'tan'"):
+        activation_of("tan")
+    with pytest.raises(UserError, match="cannot be imported"):
+        activation_of("no_such_module:NAME")
+
+
+def test_without_an_integral_there_is_no_energy() -> None:
+    σ = replace(ACTIVATIONS["tanh"], integral=None)
+    y, K, b = torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(2)
+    with pytest.raises(UserError):
+        energy(y, K, b, σ)

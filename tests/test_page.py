@@ -92,6 +92,7 @@ def test_runs_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     text = Path(str(page)).read_text()
     assert "2 runs side by side" in text
     assert '<th scope="row">model.layers</th><td>3</td><td>4</td>' in text
+    assert "keys</summary>" not in text
     assert "<img" not in text
     assert "2: two: Backward sensitivities were not measured" in text
     names = {file.stem for file in (tmp_path / "both").glob("*.png")}
@@ -115,6 +116,7 @@ def test_a_regression_stands_beside_a_classification(
     assert f"<td>–</td><td>{summary.test_rmse:.4g}</td>" in text
     assert f'<th scope="row">best test R²</th><td>–</td><td>{summary.best_test_r2:.4f}' in text
     assert ("b1, root" in text) == (not own)
+    assert "keys</summary>" in text  # another topology: too many to read past
     made = {file.stem for file in (tmp_path / "both").glob("*.png")}
     assert {"accuracy", "rmse", "confusion-1", "fit-2", "errors-2"} <= made
     assert not {"confusion-2", "fit-1", "errors-1"} & made

@@ -12,7 +12,6 @@ from hdnn_dist.placement import (
     Node,
     Packing,
     assign,
-    called,
     demands,
     hosts,
     pack,
@@ -130,12 +129,6 @@ def test_agents_on_other_machines_do_not_share_an_actor(others: dict[str, float]
     agents = [AgentSpec(name=f"a{i}", d=1, **(others if i < 3 else {})) for i in range(5)]
     packing = pack(topology(*agents), ClusterSpec(agents_per_actor="auto"), cores=2)
     assert packing == ((0, 1, 2), (3, 4))
-
-
-def test_an_actor_is_called_after_its_first_agents() -> None:
-    assert called(["a1"]) == "a1"
-    assert called(["a1", "a2", "a3"]) == "a1, a2, a3"
-    assert called([f"a{k}" for k in range(1, 9)]) == "a1, a2, a3 and 5 more"
 
 
 def test_what_is_asked_for_is_the_sum_over_the_agents() -> None:
