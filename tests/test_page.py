@@ -99,17 +99,22 @@ def test_runs_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     assert {"loss", "topology-1", "topology-2", "confusion-2"} <= names
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_regression_stands_beside_a_classification(
-    own: bool, runs: list[Path], tmp_path: Path
-) -> None:
+def regression(run: Path, own: bool) -> hdnn_dist.Summary:
+    """A short run on targets, read out at the root or by agents their own."""
     targets = {"b1": ["y6"], "b2": ["y0", "y3"]}
     spec = {
         "topology": {"agents": ["b1", "b2"], "d": 2, "edges": [["b1", "b2"]]},
         "data": numbers() | ({"targets": targets} if own else {}),
         "training": {"epochs": 2, "batch_size": 10},
     }
-    summary = hdnn_dist.train(spec, run=tmp_path / "run", local=True)
+    return hdnn_dist.train(spec, run=run, local=True)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_regression_stands_beside_a_classification(
+    own: bool, runs: list[Path], tmp_path: Path
+) -> None:
+    summary = regression(tmp_path / "run", own)
     places = [runs[0], tmp_path / "run"]
     page = write_page(places, out=tmp_path / "both", local=True, worst=0, bsm=False)
     text = Path(str(page)).read_text()
@@ -225,7 +230,9 @@ def pages(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("pages")
     both = write_page(runs[:2], out=folder / "both", local=True, bsm=False, worst=4)
     alone = write_page(runs[:1], out=folder / "alone", local=True)
-    return {"both": Path(str(both)), "alone": Path(str(alone))}
+    regression(folder / "numbers-run", own=True)
+    fit = write_page([folder / "numbers-run"], out=folder / "numbers", local=True)
+    return {"both": Path(str(both)), "alone": Path(str(alone)), "numbers": Path(str(fit))}
 
 
 MISTAKES = """() => {
@@ -268,7 +275,7 @@ MISTAKES = """() => {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["alone", "both"])
+@pytest.mark.parametrize("which", ["alone", "both", "numbers"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_reads_well_in_a_browser(
