@@ -78,6 +78,27 @@ class Track:
         return sum(each.seconds for each in self.slices if each.kind != "wait")
 
 
+def watched(
+    action: Exchange[Result], tell: Callable[[str, float, float], None]
+) -> Exchange[Result]:
+    """An agent's action, each part of which is told: for what, from when on, how many seconds.
+
+    It was for the round that the agent then asks for; the last part is for the action that ends.
+    """
+    inbox: dict[int, Tensor] | None = None
+    while True:
+        started = time.perf_counter()
+        try:
+            request = action.send(inbox)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            what = getattr(action, "__name__", "end")
+            tell(what, started, time.perf_counter() - started)
+            result: Result = stop.value
+            return result
+        tell(request[0].name, started, time.perf_counter() - started)
+        inbox = yield request
+
+
 class Recorder:
     """Takes down what a process does.
 
@@ -90,20 +111,6 @@ class Recorder:
         self.slices: list[Slice] = []
         self.step = 0
 
-    def agent(self, name: str, action: Exchange[Result]) -> Exchange[Result]:
-        """An agent's action, each part of which is taken down."""
-        inbox: dict[int, Tensor] | None = None
-        while True:
-            started = time.perf_counter()
-            try:
-                request = action.send(inbox)  # type: ignore[arg-type]
-            except StopIteration as stop:
-                self._computed(name, getattr(action, "__name__", "end"), started)
-                result: Result = stop.value
-                return result
-            self._computed(name, request[0].name, started)
-            inbox = yield request
-
     def transport(self, inner: Transport) -> Transport:
         """A transport whose rounds are taken down."""
         return _Recorded(inner, self)
@@ -112,9 +119,9 @@ class Recorder:
         """Copies whose sums are taken down; one alone has none."""
         return inner if inner.copies == 1 else _RecordedSums(inner, self)
 
-    def _computed(self, name: str, what: str, started: float) -> None:
-        seconds = time.perf_counter() - started
-        self.slices.append(Slice("compute", what, self.step, started, seconds, name))
+    def computed(self, agent: str, what: str, started: float, seconds: float) -> None:
+        """An agent was at work (see `watched`)."""
+        self.slices.append(Slice("compute", what, self.step, started, seconds, agent))
 
     def exchanged(self, what: str, started: float, waited: float, peer: int | None = None) -> None:
         """Something was sent and received from `started` on, the last part of which was waiting."""

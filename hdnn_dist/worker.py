@@ -29,7 +29,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
-from hdnn_dist.trace import Recorder, Track
+from hdnn_dist.trace import Recorder, Track, watched
 from hdnn_dist.transport import InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
@@ -196,19 +196,13 @@ class Worker:
 
     def _timed(self, i: int, action: Exchange[Result]) -> Exchange[Result]:
         """An agent's action, with the seconds counted in which it is at work."""
-        if self._recorder is not None:
-            action = self._recorder.agent(self.agents[i].name, action)
-        inbox: dict[int, Tensor] | None = None
-        while True:
-            started = time.perf_counter()
-            try:
-                request = action.send(inbox)  # type: ignore[arg-type]
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            finally:
-                self._compute[i] += time.perf_counter() - started
-            inbox = yield request
+
+        def tell(what: str, started: float, seconds: float) -> None:
+            self._compute[i] += seconds
+            if self._recorder is not None:
+                self._recorder.computed(self.agents[i].name, what, started, seconds)
+
+        return watched(action, tell)
 
     def times(self) -> Times:
         """Where the time of the training steps went, since the last call."""

@@ -230,7 +230,9 @@ def test_the_time_of_training_steps_is_told_agent_by_agent(monkeypatch: pytest.M
         regularise(self)
 
     monkeypatch.setattr(Agent, "_regularise", slowly)
-    monkeypatch.setattr("hdnn_dist.worker.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for module in "worker", "trace":
+        clock = SimpleNamespace(perf_counter=lambda: now[0])
+        monkeypatch.setattr(f"hdnn_dist.{module}.time", clock)
     worker.train(2)
     worker.evaluate("test")  # is no part of it
     now[0] += 100
