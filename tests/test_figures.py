@@ -11,10 +11,10 @@ import pytest
 from matplotlib.image import imread
 
 from hdnn_dist import figures
-from hdnn_dist.cli import main
 from hdnn_dist.errors import UserError
 from hdnn_dist.figures import Chart, Curve
 from hdnn_dist.job import Job
+from tests.commands import hdnn
 
 GRID = {
     "topology": {"agents": 4, "edges": [["a1", "a2"], ["a1", "a3"], ["a2", "a4"], ["a3", "a4"]]},
@@ -125,15 +125,11 @@ def test_a_graph_of_thousands_is_no_picture() -> None:
 
 def test_a_job_is_drawn_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("drawn.png", "drawn.svg"):
-        with pytest.raises(SystemExit) as exit:
-            main(["topology", "draw", "--out", str(tmp_path / name)])
-        assert not exit.value.code
+        assert hdnn("topology", "draw", "--out", tmp_path / name) == 0
         assert "a1 sees 8 of 64 features, in actor 0." in capsys.readouterr().out
     assert imread(tmp_path / "drawn.png").std() > 0.01
     style = ElementTree.parse(tmp_path / "drawn.svg").find("{http://www.w3.org/2000/svg}style")
     assert style is not None
     assert "prefers-color-scheme:dark" in (style.text or "")
-    with pytest.raises(SystemExit) as exit:
-        main(["topology", "draw", "--out", str(tmp_path / "drawn.pdf")])
-    assert exit.value.code == 2
+    assert hdnn("topology", "draw", "--out", tmp_path / "drawn.pdf") == 2
     assert "neither a .png nor an .svg" in capsys.readouterr().err
