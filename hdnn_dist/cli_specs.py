@@ -47,7 +47,8 @@ def check(
     file = calibration or calibration_file()
     measured = read_calibration(file) if calibration or file.exists() else None
 
-    from hdnn_dist.check import examine, render, this_machine
+    from hdnn_dist.check import examine, this_machine
+    from hdnn_dist.check_tables import render
     from hdnn_dist.checkpoint import to_json
     from hdnn_dist.placement import address_of
 
@@ -112,7 +113,7 @@ def draw(
     job = load_job(spec, changes_of(overrides, data_dir))
 
     from hdnn_dist.check import examine, this_machine
-    from hdnn_dist.figures import topology
+    from hdnn_dist.drawing import topology
     from hdnn_dist.run import check_can_be_made
     from hdnn_dist.storage import write
 
