@@ -10,7 +10,7 @@ train: $(VENV)/.installed
 
 # Of the pure modules what is run is counted (pyproject.toml, 95 % at least); of all tests it would
 # take too long.
-PURE = analysis architecture data distortion engine exchange family hamiltonian model node \
+PURE = analysis architecture data distortion engine exchange family hamiltonian mnist model node \
 	optimization placement reader sparsity tables topology
 PURE_TESTS = $(PURE:%=tests/test_%.py)
 

@@ -9,25 +9,18 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby
 from typing import Any
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator
-
-from hdnn_dist.console import size
-from hdnn_dist.data import View
-from hdnn_dist.errors import UserError
-from hdnn_dist.job import Job
 
 # Series have three to one against the paper at least, in both.
 LIGHT = {
@@ -60,8 +53,7 @@ DARK = {
 }
 SERIES = [name for name in LIGHT if name.startswith("c")]
 STYLES = ("-", "--", "-.", ":")
-DRAWN = 400  # agents up to which a graph is a picture
-SHOWN = 64  # agents up to which it says who they are and what they see
+SHOWN = 64  # agents up to which a figure says who they are
 LISTED = 16  # agents up to which alternative text names all
 POINTS = 300  # of a curve at most
 DOTS = 2000  # of a cloud at most
@@ -122,14 +114,14 @@ def theme() -> str:
     return f"{block(LIGHT)}@media(prefers-color-scheme:dark){{{block(DARK)}}}"
 
 
-def _chart(
+def chart(
     name: str,
     title: str,
     alt: str,
     draw: Callable[[Figure], None],
     shape: tuple[float, float] = (4.3, 3.0),
 ) -> Chart:
-    """Draw a figure of so many inches."""
+    """Draw a `Chart` of so many inches."""
     with rc_context(_RC):
         figure = Figure(figsize=shape, dpi=160, layout="constrained")
         FigureCanvasAgg(figure)  # no window, whatever the machine's default backend
@@ -153,7 +145,8 @@ def _element(svg: str, name: str, alt: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{said}"', 1)
 
 
-def _series(k: int) -> str:
+def series(k: int) -> str:
+    """The colour of the k-th series."""
     return LIGHT[SERIES[k % len(SERIES)]]
 
 
@@ -175,198 +168,6 @@ def _describe(axes: Axes, x: str, y: str, title: str = "") -> None:
     axes.set_ylabel(y)
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-# --- the graph of agents -------------------------------------------------------------------------
-
-
-def topology(job: Job, hosts: Sequence[int] | None, name: str = "topology") -> Chart:
-    """The agents with what each sees of the input, and the links with what they carry.
-
-    Args:
-        job: the job.
-        hosts: per agent, the number of its actor; None if that is not known.
-        name: of the chart.
-
-    Raises:
-        UserError: there are more agents than a picture can hold.
-    """
-    graph, names = job.topology, job.topology.names
-    if len(names) > DRAWN:
-        raise UserError(
-            f"a picture of {len(names)} agents would show nothing",
-            f"draw graphs of at most {DRAWN}",
-        )
-    carried: dict[tuple[int, int], int] = {}
-    sent = job.traffic(job.plan.training_step)
-    for (source, target), amount in sent.items():
-        link = min(source, target), max(source, target)
-        carried[link] = carried.get(link, 0) + amount
-    at = _layout(job)
-    details = len(names) <= SHOWN
-    nearest = min((math.dist(at[i], at[l]) for i, l in combinations(at, 2)), default=1.0)
-    side = nearest * (0.56 if details else 0.5)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.set_axis_off()
-        axes.set_aspect("equal")
-        most = max(carried.values(), default=1)
-        for (i, l), amount in carried.items():
-            axes.plot(
-                *zip(at[i], at[l], strict=True),
-                color=LIGHT["soft"],
-                linewidth=0.6 + 3.4 * amount / most,
-                solid_capstyle="round",
-                zorder=1,
-            )
-        if graph.directed:
-            for l, i in graph.edges:
-                axes.add_patch(_arrow(at[l], at[i], side))
-        for i, place in at.items():
-            colour = LIGHT["c0"] if hosts is None else _series(hosts[i])
-            left, bottom = place[0] - side / 2, place[1] - side / 2
-            frame = Rectangle((left, bottom), side, side, linewidth=1.6, zorder=3)
-            frame.set(facecolor=LIGHT["paper"] if details else colour, edgecolor=colour)
-            axes.add_patch(frame)
-            if not details:
-                continue
-            for x, y, width, height in _seen(job.views[i], job.data.image, job.data.features):
-                part = Rectangle(
-                    (left + x * side, bottom + (1 - y - height) * side),
-                    width * side,
-                    height * side,
-                    facecolor=colour,
-                    linewidth=0,
-                    zorder=4,
-                )
-                axes.add_patch(part)
-            has_root = job.architecture.own is None
-            said = f"{names[i]}, root" if has_root and i == job.root else names[i]
-            axes.annotate(
-                said,
-                (place[0], bottom),
-                (0, -3),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-                fontsize=9 if len(names) <= 25 else 6,
-                zorder=5,
-                bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.6},
-            )
-        actors = sorted(set(hosts or ()))
-        if 1 < len(actors) < len(names) and len(actors) <= len(SERIES):
-            handles = [Rectangle((0, 0), 1, 1, color=_series(k)) for k in actors]
-            figure.legend(
-                handles, [f"actor {k}" for k in actors], loc="outside lower center", ncols=4
-            )
-        xs, ys = zip(*at.values(), strict=True)
-        axes.set_xlim(min(xs) - side, max(xs) + side)
-        axes.set_ylim(min(ys) - 1.1 * side, max(ys) + side)
-
-    shape = (4.8, 4.3) if len(names) <= 25 else (9.0, 8.0)
-    return _chart(name, "Agents", _told(job, hosts, carried), draw, shape)
-
-
-def _layout(job: Job) -> dict[int, tuple[float, float]]:
-    """Where the agents are drawn: turned so that they lie as what they see does in the input."""
-    M = len(job.topology.names)
-    links: nx.Graph[int] = nx.Graph(job.topology.edges)
-    links.add_nodes_from(range(M))
-    if len(links) <= 100 and nx.is_connected(links):
-        ring, start = nx.circular_layout(links), nx.spectral_layout(links)
-        # The ring moves apart those of which the spectrum knows no difference.
-        near = {i: start[i] + 0.05 * ring[i] for i in links}
-        found = nx.kamada_kawai_layout(links, pos=near)
-    else:
-        found = nx.spring_layout(links, seed=0)
-    at_M2 = np.array([found[i] for i in range(M)])
-    at_M2 -= at_M2.mean(0)
-    wanted_M2 = np.array([_middle(job, i) for i in range(M)])
-    U, _, Vt = np.linalg.svd(at_M2.T @ wanted_M2)  # Procrustes
-    return {i: (float(x), float(y)) for i, (x, y) in enumerate(at_M2 @ U @ Vt)}
-
-
-def _middle(job: Job, i: int) -> tuple[float, float]:
-    """Where the middle of what an agent sees lies from the middle of the input, y upwards."""
-    width = job.data.image[1] if job.data.image else job.data.features
-    height = job.data.features // width
-    if not (columns := np.array(job.views[i].columns)).size:
-        return 0.0, 0.0
-    x, y = (columns % width).mean(), (columns // width).mean()
-    return float((x + 0.5) / width - 0.5), float(0.5 - (y + 0.5) / height)
-
-
-def _arrow(
-    source: tuple[float, float], target: tuple[float, float], side: float
-) -> FancyArrowPatch:
-    """An arrow head where an edge reaches its agent's frame."""
-    distance = math.dist(source, target)
-    dx, dy = (target[0] - source[0]) / distance, (target[1] - source[1]) / distance
-    gap = side / 2 / max(abs(dx), abs(dy))  # from the centre to the frame
-    tip = target[0] - gap * dx, target[1] - gap * dy
-    return FancyArrowPatch(
-        (tip[0] - 0.1 * side * dx, tip[1] - 0.1 * side * dy),
-        tip,
-        arrowstyle="-|>",
-        mutation_scale=18,
-        color=LIGHT["ink"],
-        shrinkA=0,
-        shrinkB=0,
-        zorder=2,
-    )
-
-
-def _seen(
-    view: View, image: tuple[int, int] | None, features: int
-) -> Iterator[tuple[float, float, float, float]]:
-    """What a view covers of the whole input as rectangles in [0, 1]²: x, y from above, w, h.
-
-    An input that is no image is a row of features.
-    """
-    height, width = image or (1, features)
-    by_row: dict[int, list[int]] = {}
-    for column in sorted(view.columns):
-        by_row.setdefault(column // width, []).append(column % width)
-    for runs, rows in groupby(sorted(by_row), key=lambda row: _runs(by_row[row])):
-        for block in _runs(list(rows)):  # rows that are alike need not be neighbours
-            for run in runs:
-                yield run[0] / width, block[0] / height, run[1] / width, block[1] / height
-
-
-def _runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending numbers as runs: the first of each, and how many."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == sum(runs[-1]):
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((number, 1))
-    return tuple(runs)
-
-
-def _told(job: Job, hosts: Sequence[int] | None, carried: Mapping[tuple[int, int], int]) -> str:
-    names, F = job.topology.names, job.data.features
-    kind = "directed" if job.topology.directed else "undirected"
-    root = f"{names[job.root]} is the root of the readout."
-    if job.architecture.own is not None:
-        root = f"{len(job.architecture.readers)} agents read out their own targets."
-    said = [
-        f"{kind.capitalize()} graph of {len(names)} agents and {len(carried)} links in use.",
-        root,
-    ]
-    if carried:
-        (i, l), most = max(carried.items(), key=lambda item: item[1])
-        least = min(carried.values())
-        said.append(
-            f"A training step sends {size(most)} over the busiest link, {names[i]} and {names[l]}, "
-            f"and {size(least)} over the quietest."
-        )
-    for i in range(min(len(names), LISTED)):
-        seen = len(job.views[i].columns)
-        where = "" if hosts is None else f", in actor {hosts[i]}"
-        said.append(f"{names[i]} sees {seen} of {F} features{where}.")
-    return " ".join(said)
 
 
 # --- curves of training --------------------------------------------------------------------------
@@ -402,7 +203,7 @@ def curves(
             axes.plot(
                 x,
                 [_within(v) for v in y] if logarithmic else y,
-                color=_series(curve.run),
+                color=series(curve.run),
                 linestyle=STYLES[curve.run % len(STYLES)] if curve.marked else "-",
                 marker="o" if curve.marked and len(x) <= 60 else None,
                 markersize=3.5,
@@ -417,7 +218,7 @@ def curves(
             axes.legend()
 
     said = " ".join(_course(curve) for curve in drawn) or "There are no records of it."
-    return _chart(name, title, f"{title} by training step. {said}", draw)
+    return chart(name, title, f"{title} by training step. {said}", draw)
 
 
 def _course(curve: Curve) -> str:
@@ -481,7 +282,7 @@ def gradients(name: str, records: Sequence[tuple[int, Sequence[float]]]) -> Char
         for epoch, norms in (records[0], records[-1])[: len(records)]
     ]
     title = "Gradient norm per layer"
-    return _chart(name, title, f"{title}, in an epoch's last step. {' '.join(said)}", draw)
+    return chart(name, title, f"{title}, in an epoch's last step. {' '.join(said)}", draw)
 
 
 def sensitivities(
@@ -525,7 +326,7 @@ def sensitivities(
         f"10^{log10_bounds[0]:.2f} for the last layer and 10^{log10_bounds[-1]:.2f} for all."
     )
     alt += "" if exact else " The norms are estimates from below."
-    return _chart(name, title, alt, draw)
+    return chart(name, title, alt, draw)
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -575,7 +376,7 @@ def times(name: str, agents: Sequence[str], seconds: Sequence[Sequence[float]]) 
     ]
     title = "Time of a training step"
     height = max(3.0, min(12.0, 1.0 + 0.22 * len(agents)))
-    return _chart(name, title, f"{title}, by agent. {' '.join(said)}", draw, (4.3, height))
+    return chart(name, title, f"{title}, by agent. {' '.join(said)}", draw, (4.3, height))
 
 
 # --- right and wrong -----------------------------------------------------------------------------
@@ -624,7 +425,7 @@ def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
         f"{worst} is recognised least often ({recall[worst]:.1%}). Most frequent mistakes: "
         f"{mistakes}."
     )
-    return _chart(name, title, alt, draw, (4.3, 4.0))
+    return chart(name, title, alt, draw, (4.3, 4.0))
 
 
 def fit(
@@ -660,7 +461,7 @@ def fit(
         f"is {r2:.4f}; half of the predictions are off by less than {np.median(off):.3g}, one in "
         f"twenty by more than {np.quantile(off, 0.95):.3g}."
     )
-    return _chart(name, title, alt, draw, (4.3, 4.0))
+    return chart(name, title, alt, draw, (4.3, 4.0))
 
 
 def errors(name: str, what: Sequence[str], rmse: Sequence[float]) -> Chart:
@@ -690,4 +491,4 @@ def errors(name: str, what: Sequence[str], rmse: Sequence[float]) -> Chart:
         f"({what[best]}), largest {rmse[worst]:.3g} ({what[worst]})."
     )
     height = max(3.0, min(12.0, 1.0 + 0.22 * len(what)))
-    return _chart(name, title, alt, draw, (4.3, height))
+    return chart(name, title, alt, draw, (4.3, height))
