@@ -127,9 +127,15 @@ class Together(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        assert len({tensor.device for tensor in tensors}) <= 1, func
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given = devices(args, kwargs)
+        assert len(given) <= 1, func
+        assert not given or devices(result) <= given, func  # a copy has but one argument
+        return result
+
+
+def devices(*values: object) -> set[torch.device]:
+    return {leaf.device for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
 
 
 def pretend(_: int) -> None:

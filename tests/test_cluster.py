@@ -108,6 +108,24 @@ def test_a_step_on_actors_is_the_dense_one(three: list[Any], job: Job) -> None:
     assert_follows_plan(sent, job)
 
 
+def test_recomputed_states_give_the_gradients_of_stored_ones_at_1024_layers(
+    three: list[Any],
+) -> None:
+    found: list[dict[int, dict[str, Tensor]]] = []
+    for activations in ("store", "recompute"):
+        deep = "model.layers=1024", "model.h=0.004", "topology.agents=3", "topology.edges.args.n=3"
+        how = f"training.activations={activations}", "training.batch_size=8"
+        job = Job.load(None, [*TINY, *deep, *how])
+        host(three, job)
+        call(three, "train", 1)
+        found.append({i: own for part in call(three, "gradients") for i, own in part.items()})
+    stored, recomputed = found
+    for i, own in stored.items():
+        for name, gradient in own.items():
+            error = (gradient - recomputed[i][name]).abs().max()
+            assert error <= 1e-10 * gradient.abs().max(), f"{i}: {name}"
+
+
 @pytest.mark.parametrize("distort", [False, True])
 def test_an_actor_holds_no_other_agents_input_weights_or_optimiser_state(
     distort: bool, three: list[Any]

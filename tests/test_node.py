@@ -223,6 +223,21 @@ def test_recomputed_states_give_the_gradients_of_stored_ones_at_1024_layers(
         assert (stored - recomputed).abs().max() <= tolerance * stored.abs().max()
 
 
+@pytest.mark.parametrize("activations", ["store", "recompute"])
+def test_what_a_forward_pass_keeps_grows_with_the_depth_only_where_states_are_stored(
+    activations: str,
+) -> None:
+    kept = []
+    for layers in (2, 16):
+        settings = f"model.layers={layers}", f"training.activations={activations}"
+        job = Job.load(None, settings)
+        agents = Worker(job, range(8), in_process(job)).agents
+        actions = {i: agent.node.forward(agent.draw(0)[0]) for i, agent in agents.items()}
+        drive(actions, in_process(job), job.batch, job.plan.forward)
+        kept.append([len(agent.node._tape) for agent in agents.values()])
+    assert kept == ([[4] * 8, [32] * 8] if activations == "store" else [[0] * 8, [0] * 8])
+
+
 def test_a_state_that_is_not_finite_is_found_where_none_is_stored() -> None:
     for activations in ("store", "recompute"):
         job = Job.load(None, [f"training.activations={activations}", "model.activation=relu"])
