@@ -194,6 +194,7 @@ def test_a_generator_that_the_clock_stops_is_told_so(monkeypatch: pytest.MonkeyP
         generated("hypercube_graph", n=11)
 
 
+FREE = resource.RLIM_INFINITY
 CALL = '["cycle_graph", {"n": 3}, true]'
 RING = {"directed": True, "nodes": 3, "edges": [[0, 1], [1, 2], [2, 0]]}
 
@@ -206,23 +207,29 @@ def answer(serve: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return json.loads(written.getvalue())
 
 
-def test_limits_are_set_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("memory", "seconds", "bounds"),
+    [
+        (FREE, 3, ((graphs.MEMORY, FREE), (3, 3))),  # lower already, and not to be raised
+        (1 << 30, FREE, ((1 << 30, 1 << 30), (graphs.CPU_SECONDS, FREE))),
+    ],
+)
+def test_limits_are_set_before_anything_is_read(
+    memory: int, seconds: int, bounds: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Nothing:
         def read(self) -> str:
             raise EOFError
 
     limits: dict[int, tuple[int, int]] = {}
-    hard = {resource.RLIMIT_AS: resource.RLIM_INFINITY, resource.RLIMIT_CPU: 3}
-    monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY, hard[limit]))
+    hard = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: seconds}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (FREE, hard[limit]))
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
     monkeypatch.setattr(sys, "stdin", Nothing())
     with pytest.raises(EOFError):
         graphs.serve()
-    assert limits == {
-        resource.RLIMIT_CORE: (0, 0),
-        resource.RLIMIT_AS: (graphs.MEMORY, resource.RLIM_INFINITY),
-        resource.RLIMIT_CPU: (3, 3),  # lower already, and it may not be raised
-    }
+    assert (limits[resource.RLIMIT_AS], limits[resource.RLIMIT_CPU]) == bounds
+    assert limits[resource.RLIMIT_CORE] == (0, 0)
     assert answer(graphs.serve, CALL, monkeypatch) == RING
 
 
@@ -271,6 +278,12 @@ def test_a_graph_that_is_written_is_read_again(
         assert list(made.nodes(data=True)) == list(expected.nodes(data=True))
     if graph.number_of_edges():
         Topology.from_graph(made)  # whose names agents can have
+
+
+def test_nodes_that_are_tuples_are_lists_in_json(tmp_path: Path) -> None:
+    grid = nx.grid_2d_graph(2, 2)
+    (tmp_path / "g.json").write_text(json.dumps(nx.node_link_data(grid)))
+    assert edges_of(read(tmp_path / "g.json")) == edges_of(grid)
 
 
 def test_an_edge_list_by_hand(tmp_path: Path) -> None:
