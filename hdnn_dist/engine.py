@@ -509,9 +509,12 @@ class _Blocks:
     def gradients(
         self, own: list[Tensor], y: Tensor, s: Tensor, t_bar: Tensor, a_bar: Tensor, c: float
     ) -> None:
+        # Āᵀ, as products of wide matrices with narrow ones are the faster way round
+        A_barT = torch.empty_like(own[0][0].mT, memory_format=torch.contiguous_format)
         for A_bar, y_, s_, t_, a_ in zip(own[0], y, s, t_bar, a_bar, strict=True):
-            torch.bmm(a_.view(self.by_agent), self._gather(y_).mT, out=A_bar)
-            A_bar.baddbmm_(s_.view(self.by_agent), self._gather(t_).mT, beta=c, alpha=c)
+            torch.bmm(self._gather(y_), a_.view(self.by_agent).mT, out=A_barT)
+            A_barT.baddbmm_(self._gather(t_), s_.view(self.by_agent).mT, beta=c, alpha=c)
+            A_bar.copy_(A_barT.mT)
         if self.rows.mask is not None:
             own[0].mul_(self.rows.mask)
         torch.sum(a_bar, -1, out=own[1]).mul_(c)

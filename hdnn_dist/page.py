@@ -1,6 +1,7 @@
 """Runs as one HTML page that needs nothing else to be read, with its figures as PNG beside it.
 
-`hdnn_dist.figures` draws, `page.html` is the page's template. Several runs stand side by side.
+`hdnn_dist.figures` and `hdnn_dist.drawing` draw, `page.html` is the page's template. Several runs
+stand side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.image import imsave
 from pydantic import TypeAdapter, ValidationError
 
-from hdnn_dist import __version__, figures
+from hdnn_dist import __version__, drawing, figures
 from hdnn_dist.agent import scores_of
 from hdnn_dist.api import open_run
 from hdnn_dist.check import Report, examine, this_machine
@@ -418,7 +419,7 @@ def _of_each(
 def _agents(name: str, run: Shown) -> Chart | str:
     try:
         hosts = [run.shares[agent].actor for agent in run.job.topology.names if run.shares]
-        return figures.topology(run.job, hosts or None, name)
+        return drawing.topology(run.job, hosts or None, name)
     except UserError as error:
         return f"The graph is not drawn: {error}."
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.image import imread
 
-from hdnn_dist import figures
+from hdnn_dist import drawing, figures
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import write_json
 from hdnn_dist.errors import UserError, on_a_line
@@ -67,8 +67,8 @@ class Tracker(Listener):
         self._waiting: dict[str, Callable[[], Chart]] = {}
         self._not_before = 0.0
         self.begin(runner.job, step)
-        if len(runner.job.topology.agents) <= figures.DRAWN:
-            self._waiting["topology"] = lambda: figures.topology(runner.job, None)
+        if len(runner.job.topology.agents) <= drawing.DRAWN:
+            self._waiting["topology"] = lambda: drawing.topology(runner.job, None)
         self._draw(step)
 
     def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:  # noqa: D102

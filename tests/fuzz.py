@@ -39,7 +39,8 @@ from pyarrow import parquet
 
 import hdnn_dist
 from hdnn_dist import data, mnist
-from hdnn_dist.check import examine, render, this_machine
+from hdnn_dist.check import examine, this_machine
+from hdnn_dist.check_tables import render
 from hdnn_dist.checkpoint import checksum, seal
 from hdnn_dist.cli import main as command_line
 from hdnn_dist.data import (

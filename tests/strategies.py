@@ -157,6 +157,15 @@ def jobs(draw: st.DrawFn, max_agents: int = 6, dtype: str = "float64") -> Job:
         return job
 
 
+PAIR = {"name": "a pair/of", "agents": ["a", "b"], "d": 2, "edges": [["a", "b"]]}
+
+
+def tiny(**sections: object) -> Job:
+    """A job of one layer on the graph `PAIR`, unless its sections say otherwise."""
+    small = {"data": {"train_samples": 64, "test_samples": 10}, "model": {"layers": 1}}
+    return Job.of(spec_from_dict({"topology": PAIR, **small, **sections}))
+
+
 def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:
     """Rows and columns agent after agent, as the blocks of a pattern lie."""
     agents = tuple(range(len(architecture.names)))

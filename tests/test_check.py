@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from hdnn_dist.agent import Agent
-from hdnn_dist.check import Crossing, Phase, Report, Stragglers, examine, render
+from hdnn_dist.check import Crossing, Phase, Report, Stragglers, examine
+from hdnn_dist.check_tables import render
 from hdnn_dist.cost import Calibration
 from hdnn_dist.errors import SpecError
 from hdnn_dist.job import Job

@@ -1,9 +1,11 @@
-"""Failures at every operation of the file system while a checkpoint is written."""
+"""Failures at every operation of the file system while a checkpoint is written; what is kept."""
 
 from __future__ import annotations
 
 import errno
 import io
+import json
+import math
 import os
 import signal
 import subprocess
@@ -21,13 +23,17 @@ from upath import UPath
 from hdnn_dist.checkpoint import (
     Totals,
     agent_file,
+    best_checkpoint,
     checkpoint_folder,
     checkpoints,
     from_latest,
+    latest_checkpoint,
     load_agent,
     read_manifest,
     save_agent,
+    to_json,
     write_checkpoint,
+    write_json,
 )
 from hdnn_dist.errors import CheckpointError, StorageError
 from hdnn_dist.storage import Place, place, write
@@ -136,11 +142,11 @@ def states(step: int) -> dict[str, dict[str, Tensor]]:
     return {name: {"w": torch.randn(3, 5, generator=generator)} for name in NAMES}
 
 
-def save(run: Place, step: int) -> None:
+def save(run: Place, step: int, **options: Any) -> None:
     def agents(folder: Place) -> dict[str, str]:
         return {name: save_agent(folder, name, state) for name, state in states(step).items()}
 
-    write_checkpoint(run, step, "", Totals(), agents, keep_last=2)
+    write_checkpoint(run, step, "", Totals(), agents, keep_last=2, **options)
 
 
 def is_good(folder: Place) -> bool:
@@ -258,3 +264,34 @@ def test_a_folder_without_a_manifest_is_no_checkpoint_and_is_named(
     write(agent_file(checkpoint_folder(lone, 1), "a"), b"half")
     with pytest.raises(CheckpointError, match="no checkpoint in it"):
         from_latest(lone, lambda _, manifest: manifest)
+
+
+def test_strays_among_the_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / "step-xyz").mkdir(parents=True)
+    (folder / "step-99999999").touch()
+    assert not checkpoints(tmp_path)
+    for step in (1, 2, 123456789, 3, 4):
+        save(tmp_path, step)
+    assert latest_checkpoint(tmp_path)[1].step == 123456789
+    names = ["step-00000004", "step-123456789", "step-99999999", "step-xyz"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, accuracy in enumerate([0.5, 0.9, None, 0.9, 0.8, 0.7, None], 1):
+        save(tmp_path, step, accuracy=accuracy, keep_best=True)
+    assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["4", "6", "7"]
+    best = best_checkpoint(tmp_path)
+    assert best is not None
+    (best / "manifest.json").write_text("")
+    save(tmp_path, 8, keep_best=True)
+    assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["6", "7", "8"]
+    assert best_checkpoint(tmp_path) == checkpoints(tmp_path)[0]
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
+    content = {"a": math.nan, "b": [1.5, (math.inf, {"c": -math.inf})], "d": "NaN"}
+    write_json(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text()) == json.loads(to_json(content))
+    assert to_json(content) == '{"a": null, "b": [1.5, [null, {"c": null}]], "d": "NaN"}'

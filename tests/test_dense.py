@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import hdnn_dist
-from hdnn_dist.cli import main
 from hdnn_dist.data import load_features
 from hdnn_dist.model import HDNN
 from hdnn_dist.run import reopen
+from tests.commands import hdnn
 
 TINY = [
     "topology.agents=4",
@@ -82,9 +82,7 @@ def test_onnx_answers_as_the_agents_do(tmp_path: Path) -> None:
         pytest.importorskip(package)
     runtime = pytest.importorskip("onnxruntime")
     run, answers, x = trained(tmp_path / "run")
-    with pytest.raises(SystemExit) as exit:
-        main(["export", str(run), "--onnx", "--out", str(tmp_path / "out")])
-    assert not exit.value.code
+    assert hdnn("export", run, "--onnx", "--out", tmp_path / "out") == 0
     session = runtime.InferenceSession(tmp_path / "out" / "model.onnx")
     [given] = session.get_inputs()
     for rows in (slice(None), slice(0, 1)):
@@ -97,9 +95,7 @@ def test_what_the_numbers_are_is_written_beside_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _, _ = trained(tmp_path / "run")
-    with pytest.raises(SystemExit) as exit:
-        main(["export", str(run)])
-    assert not exit.value.code
+    assert hdnn("export", run) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "export" / "model.json")
     said = json.loads((run / "export" / "model.json").read_text())
     assert said["step"] == 6
@@ -118,7 +114,5 @@ def test_a_package_that_is_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(SystemExit) as exit:
-        main(["export", str(tmp_path), "--onnx"])
-    assert exit.value.code == 2
+    assert hdnn("export", tmp_path, "--onnx") == 2
     assert "pip install onnx onnxscript" in capsys.readouterr().err

@@ -7,8 +7,8 @@ steer this, for the reader of its source to see:
     <!-- not run: WHY -->       the next block is not run, for this reason
 
 Commands are run as they stand but for what makes them long (`SMALL`), those without --local on the
-tests' own Ray, in few actors (`PACKED`). Those that need a cluster elsewhere or a job server, or take
-long (`READ`, `ELSEWHERE`), are parsed by the command line and go no further.
+tests' own Ray, in few actors (`PACKED`). Those that need a cluster elsewhere or a job server, or
+take long (`READ`, `ELSEWHERE`), are parsed by the command line and go no further.
 """
 
 from __future__ import annotations

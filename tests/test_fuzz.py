@@ -22,7 +22,6 @@ import hdnn_dist
 from hdnn_dist import reader, topology
 from hdnn_dist.check import examine, this_machine
 from hdnn_dist.checkpoint import checksum, latest_checkpoint, seal
-from hdnn_dist.cli import main
 from hdnn_dist.data import load_features, load_rows
 from hdnn_dist.errors import LONGEST, CheckpointError, DamagedError, DataError, SpecError, UserError
 from hdnn_dist.job import Job
@@ -32,6 +31,7 @@ from hdnn_dist.run import finished, reopen
 from hdnn_dist.spec import DataSpec
 from hdnn_dist.topology import Topology, read_matrix
 from hdnn_dist.trainer import LocalRunner, restore
+from tests.commands import hdnn
 from tests.fuzz import TARGETS, TINY
 
 
@@ -552,9 +552,7 @@ def test_gradients_that_cannot_be_drawn_are_passed_over(norms: object, run: Path
 def test_the_command_line_says_it_in_a_short_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
+    assert hdnn(*arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.endswith("\n")

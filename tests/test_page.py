@@ -12,12 +12,12 @@ import pytest
 
 import hdnn_dist
 from hdnn_dist.check import examine, this_machine
-from hdnn_dist.cli import main
 from hdnn_dist.console import size
 from hdnn_dist.errors import CheckpointError, UserError
 from hdnn_dist.page import write_page
 from hdnn_dist.run import reopen
 from hdnn_dist.storage import read, read_text
+from tests.commands import hdnn
 from tests.strategies import numbers
 
 TINY = [
@@ -42,12 +42,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "one", folder / "two", folder / "plane"]
 
 
-def command(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    return int(exit.value.code or 0)
-
-
 class Links(HTMLParser):
     """Collects all that a page would fetch, and what it links to."""
 
@@ -63,7 +57,7 @@ class Links(HTMLParser):
 def test_a_run_is_a_page_that_needs_nothing_else(
     runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("report", runs[0], "--local") == 0
+    assert hdnn("report", runs[0], "--local") == 0
     page = runs[0] / "report" / "report.html"
     assert capsys.readouterr().out == f"{page}\n"
     assert all(link.startswith(("#", "data:")) for link in Links(page).found)
@@ -210,7 +204,7 @@ def test_what_cannot_be_a_page_is_refused(
     with pytest.raises(CheckpointError, match=r"no spec\.yaml"):
         write_page([runs[0], tmp_path], local=True)
     (tmp_path / "file").touch()
-    assert command("report", runs[0], "--local", "--out", tmp_path / "file") == 2
+    assert hdnn("report", runs[0], "--local", "--out", tmp_path / "file") == 2
     assert "is a file" in capsys.readouterr().err
 
 

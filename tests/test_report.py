@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import hdnn_dist
-from hdnn_dist.cli import main
 from hdnn_dist.data import epoch_order, load_features, load_labels
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
@@ -17,6 +16,7 @@ from hdnn_dist.metrics import read_metrics
 from hdnn_dist.model import HDNN
 from hdnn_dist.testing import assert_close
 from hdnn_dist.trainer import LocalRunner
+from tests.commands import hdnn
 
 TINY = [
     "topology.agents=4",
@@ -35,12 +35,6 @@ TINY = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(hdnn_dist.train(overrides=TINY, run=tmp_path_factory.mktemp("r"), local=True).run)
-
-
-def command(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    return int(exit.value.code or 0)
 
 
 def test_gradient_norms_during_training_are_those_of_the_dense_model() -> None:
@@ -65,7 +59,7 @@ def test_every_epoch_leaves_a_record_of_its_gradients(run: Path) -> None:
 
 
 def test_analyze_writes_numbers_and_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("analyze", str(run), "--local", "--samples", "2") == 0
+    assert hdnn("analyze", str(run), "--local", "--samples", "2") == 0
     assert "ResNet (trained)" in capsys.readouterr().out
     report = json.loads((run / "analysis" / "analysis.json").read_text())
     model, *others = report["networks"]
@@ -90,10 +84,10 @@ def test_analyze_without_training_the_baselines(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--local", "--json", "--samples", "1", "--out", str(tmp_path / "out")]
-    assert command("analyze", str(run), *options, "--baselines", "initial") == 0
+    assert hdnn("analyze", str(run), *options, "--baselines", "initial") == 0
     report = json.loads(capsys.readouterr().out)
     assert [n["name"] for n in report["networks"]] == ["H2", "MLP (initial)", "ResNet (initial)"]
-    assert command("analyze", str(run), *options, "--baselines", "none") == 0
+    assert hdnn("analyze", str(run), *options, "--baselines", "none") == 0
     assert len(json.loads(capsys.readouterr().out)["networks"]) == 1
 
 
@@ -104,7 +98,7 @@ def test_a_baseline_that_diverges_costs_nothing_else(
     overrides += ["data.train_samples=320"]  # ten steps an epoch
     run = hdnn_dist.train(overrides=overrides, run=tmp_path / "run", local=True).run
     hot = ["--set", "training.optimizer.lr=1e6", "--set", "training.epochs=40"]
-    assert command("analyze", run, "--local", "--samples", "1", *hot) == 0
+    assert hdnn("analyze", run, "--local", "--samples", "1", *hot) == 0
     assert "MLP (diverged)" in capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "analysis" / "analysis.json").read_text())
     assert report["networks"][0]["norms"][0][0] >= 1
@@ -154,18 +148,18 @@ def test_layers_of_any_network_are_analysed_in_one_call(member: str) -> None:
 def test_analyze_says_what_it_cannot_do(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("analyze", str(run), "--local", "--samples", "100000") == 2
+    assert hdnn("analyze", str(run), "--local", "--samples", "100000") == 2
     assert "the test set has" in capsys.readouterr().err
-    assert command("analyze", str(tmp_path), "--local") == 2
+    assert hdnn("analyze", str(tmp_path), "--local") == 2
     (tmp_path / "file").touch()
-    assert command("analyze", str(run), "--out", str(tmp_path / "file")) == 2
+    assert hdnn("analyze", str(run), "--out", str(tmp_path / "file")) == 2
     assert "is a file" in capsys.readouterr().err
 
 
 def test_the_counterexample_is_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("counterexample", "--out", str(tmp_path)) == 0
+    assert hdnn("counterexample", "--out", str(tmp_path)) == 0
     assert "t = 20.00" in capsys.readouterr().out
     assert (tmp_path / "counterexample.png").stat().st_size > 0
     assert json.loads((tmp_path / "counterexample.json").read_text())["norms"][-1] > 3

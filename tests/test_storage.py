@@ -12,13 +12,13 @@ from upath import UPath
 
 import hdnn_dist
 from hdnn_dist.checkpoint import checkpoints, set_aside
-from hdnn_dist.cli import main
 from hdnn_dist.errors import CheckpointError, StorageError
 from hdnn_dist.job import Job
 from hdnn_dist.metrics import read_metrics
 from hdnn_dist.run import create, reopen
 from hdnn_dist.storage import Log, Place, kind, lines, names, place, read, read_text, remove, write
 from hdnn_dist.trainer import LocalRunner
+from tests.commands import hdnn
 
 TINY = ["data.train_samples=128", "model.layers=1", "training.epochs=2"]
 
@@ -32,12 +32,6 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 def _empty_memory() -> None:
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
-
-
-def command(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    return int(exit.value.code or 0)
 
 
 def test_what_is_on_this_machine_is_a_path(tmp_path: Path) -> None:
@@ -88,7 +82,7 @@ def test_urls_that_nobody_knows(
     url: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for arguments in (("train", "--local", "--run", url), ("eval", url), ("analyze", url)):
-        assert command(*arguments) == 2
+        assert hdnn(*arguments) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {url}: {says}")
 
@@ -140,12 +134,12 @@ def test_a_run_at_a_url_is_as_one_at_a_path(
     url = "memory://equal/run"
     path = tmp_path / "run"
     few = [argument for o in TINY for argument in ("--set", o)]
-    assert command("train", "--local", "--run", url, *few) == 0
+    assert hdnn("train", "--local", "--run", url, *few) == 0
     assert f"run: {url}" in capsys.readouterr().out
     assert caplog.text.count("TensorBoard events go to local run directories alone") == 1
-    assert command("train", "--local", "--run", url) == 2
+    assert hdnn("train", "--local", "--run", url) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert command("train", "--local", "--resume", url, "--set", "training.epochs=3") == 0
+    assert hdnn("train", "--local", "--resume", url, "--set", "training.epochs=3") == 0
     whole = hdnn_dist.train(overrides=[*TINY, "training.epochs=3"], run=path.as_uri(), local=True)
     assert whole.run == str(path)
     remote = place(url)
@@ -157,10 +151,10 @@ def test_a_run_at_a_url_is_as_one_at_a_path(
     kinds = [(r["kind"], r["step"]) for r in read_metrics(path)]
     assert [(r["kind"], r["step"]) for r in read_metrics(remote)] == kinds
     capsys.readouterr()
-    assert command("eval", url, "--local") == 0
+    assert hdnn("eval", url, "--local") == 0
     assert f"step {whole.steps}" in capsys.readouterr().out
-    assert command("predict", url, "--local", "--out", tmp_path / "p.csv") == 0
-    assert command("analyze", url, "--local", "--samples", 1, "--baselines", "none") == 0
+    assert hdnn("predict", url, "--local", "--out", tmp_path / "p.csv") == 0
+    assert hdnn("analyze", url, "--local", "--samples", 1, "--baselines", "none") == 0
     assert "memory://equal/run/analysis/defect.png" in capsys.readouterr().out
     assert {"analysis.json", "sensitivity.png"} <= set(names(remote / "analysis"))
 
@@ -186,7 +180,7 @@ def test_memory_is_refused_where_actors_would_write(capsys: pytest.CaptureFixtur
         ("train", "--resume", "memory://shared/run"),
         ("eval", "memory://shared/run"),
     ):
-        assert command(*arguments) == 2
+        assert hdnn(*arguments) == 2
         assert "in the memory of this process, where no Ray actor" in capsys.readouterr().err
 
     class Elsewhere:

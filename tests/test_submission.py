@@ -18,10 +18,10 @@ from urllib.request import urlopen
 
 import pytest
 
-from hdnn_dist.cli import main
 from hdnn_dist.errors import UserError
 from hdnn_dist.reader import read_spec
 from hdnn_dist.submission import Jobs, State, command, elsewhere
+from tests.commands import hdnn
 from tests.ports import free_port
 
 TOKEN = "secret" * 6
@@ -124,12 +124,6 @@ def head() -> Iterator[tuple[str, Path]]:
 @pytest.fixture
 def token(head: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-
-
-def hdnn(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    return int(exit.value.code or 0)
 
 
 def wait_for(path: Path) -> None:

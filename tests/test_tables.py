@@ -13,12 +13,12 @@ from sklearn.datasets import load_iris
 from torch.utils.data import TensorDataset
 
 import hdnn_dist
-from hdnn_dist.cli import main
 from hdnn_dist.data import load_features, load_labels, load_rows, load_targets
 from hdnn_dist.errors import DataError, SpecError, UserError
 from hdnn_dist.job import Job
 from hdnn_dist.spec import DataSpec
 from hdnn_dist.tables import read_columns, read_targets, write_table
+from tests.commands import hdnn
 
 NAMES = ["sepal length", "sepal width", "petal length", "petal, width"]
 CLASSES = ["setosa", "versicolor", "virginica"]
@@ -115,9 +115,7 @@ def test_a_table_is_trained_evaluated_predicted_shown_and_exported(
         ["export", run],
         ["predict", run, "--local", "--input", str(tmp_path / "new.npy")],
     ):
-        with pytest.raises(SystemExit) as exit:
-            main(command)
-        assert not exit.value.code
+        assert hdnn(*command) == 0, command
     rows = [line.split(",") for line in capsys.readouterr().out.splitlines()[-50:]]
     assert np.mean([int(row[1]) for row in rows] == y[100:]) > 0.9
     told = json.loads((tmp_path / "run" / "export" / "model.json").read_text())["input"]
@@ -308,9 +306,7 @@ def test_a_regression_is_trained_evaluated_predicted_shown_and_exported(
         ["export", str(run)],
         ["predict", str(run), "--local", "--input", str(tmp_path / "new.npy")],
     ):
-        with pytest.raises(SystemExit) as exit:
-            main(command)
-        assert not exit.value.code, command
+        assert hdnn(*command) == 0, command
     said = capsys.readouterr().out
     rows = list(csv.reader(said.splitlines()[-101:]))
     assert rows[0] == ["index", *TARGETS]

@@ -18,12 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hdnn_dist
 from hdnn_dist import tracking
 from hdnn_dist.agent import Evaluation, StepResult
-from hdnn_dist.cli import main
 from hdnn_dist.errors import UserError
 from hdnn_dist.figures import Chart
 from hdnn_dist.job import Job
 from hdnn_dist.tracking import MLflow, TensorBoard, Tracker, WandB, serve
 from hdnn_dist.trainer import Listener, Progress, Runner
+from tests.commands import hdnn
 
 SPEC = {
     "topology": {"name": "line", "agents": 3, "d": 2, "edges": [["a1", "a2"], ["a2", "a3"]]},
@@ -269,12 +269,6 @@ def test_weights_and_biases_is_told_offline(
     while b"gradients/y_0002" not in written.read_bytes():  # its own process writes on for a moment
         assert time.monotonic() < until
         time.sleep(0.1)
-
-
-def hdnn(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    return int(exit.value.code or 0)
 
 
 def test_train_shows_itself_and_tells_who_is_named(

@@ -1,0 +1,158 @@
+"""Training steps on a GPU: the engine's stack, and agents in one process, from one run.
+
+    python benchmarks/gpu.py --data-dir FOLDER_OF_THE_IDX_FILES      # about two minutes
+
+The stack is that of `benchmarks/engine.py`, launched operation by operation and as a CUDA graph.
+The agents are those of `topologies/mnist-grid16.yaml`, with other sizes and batches, on the CPU and
+on the GPU, there operation by operation and with forward and backward pass as a CUDA graph, which
+is how they run. Products are in float32 without TF32; `--tf32` is for the other case. Rates count
+the operations on non-zero blocks against a large product of the same type on the same GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from engine import SIZES, Size, contestants
+from timing import machine
+
+from hdnn_dist.capture import Captured, cuda_graph
+from hdnn_dist.cost import work_of
+from hdnn_dist.job import Job
+from hdnn_dist.trainer import LocalRunner
+from hdnn_dist.transport import InProcess
+from hdnn_dist.worker import Worker
+
+SPEC = Path(__file__).parents[1] / "topologies" / "mnist-grid16.yaml"
+STACKS = {name: SIZES[name] for name in ("16x64x125", "128x16x128", "256x8x512")} | {
+    "2048x8x4096": Size(2048, 8, 4096),
+    "8192x4x2048": Size(8192, 4, 2048, agents=64, with_reference=False),
+}
+AGENTS = ((16, 256), (16, 4096), (64, 1024), (256, 4096))  # d, batch
+Call = Callable[[], object]
+
+
+def timed(calls: Mapping[str, Call], turns: int, each: int) -> dict[str, float]:
+    """The median wall seconds of each call over so many turns of `each` calls, alternated."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns + 1):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(each):
+                call()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / each)
+    return {name: median(seconds[1:]) for name, seconds in times.items()}
+
+
+def rate() -> float:
+    """Floating-point operations a second of a large product, as measured now."""
+    A, B = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / timed({"mm": lambda: A @ B}, 5, 4)["mm"]
+
+
+def stacks(turns: int, peak: float) -> None:
+    """Print the table of stacks."""
+    print(
+        "| features x layers x batch | formulation | launched one by one, ms | as a graph, ms "
+        "| times faster than masked | of the rate | over dense x density |\n"
+        "|---|---|---:|---:|---:|---:|---:|"
+    )
+    for name, size in STACKS.items():
+        with torch.device("cuda"):
+            calls = contestants(size)
+        first, *others = (call() for call in calls.values())
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-3, atol=1e-3)
+        del first, others
+        eager = timed(calls, turns, 3)
+        graphs = timed({key: cuda_graph(call) for key, call in calls.items()}, turns, 10)
+        density = size.pattern.nnz / size.pattern.size**2
+        for key, seconds in graphs.items():
+            ratio = f"{graphs['masked'] / seconds:.2f}" if "masked" in graphs else "-"
+            print(
+                f"| {name} | {key} | {eager[key] * 1e3:.3f} | {seconds * 1e3:.3f} | {ratio} "
+                f"| {size.flops / seconds / peak:.1%} "
+                f"| {seconds / graphs['dense'] / density:.2f} |",
+                flush=True,
+            )
+        del calls
+        torch.cuda.empty_cache()
+
+
+def agents(data_dir: Path, turns: int, peak: float) -> None:
+    """Print the table of agents."""
+    print("| d | batch | what | ms a step | samples/s | of the rate |")
+    print("|---:|---:|---|---:|---:|---:|")
+    for d, batch in AGENTS:
+
+        def runner(device: str, d: int = d, batch: int = batch) -> LocalRunner:
+            settings = f"topology.d={d}", f"training.batch_size={batch}", f"cluster.device={device}"
+            return LocalRunner(Job.load(SPEC, [f"data.dir={data_dir.absolute()}", *settings]))
+
+        worker, calls = runner("cuda").worker, dict[str, Call]()
+        worker.load_data()
+        assert isinstance(worker.transport, InProcess)
+        with torch.no_grad():
+            rounds = worker.job.plan.differentiation
+            captured = Captured(worker.agents, worker.transport, rounds, step=0)
+        if d * d * batch <= 16 * 16 * 4096:
+            on_cpu = runner("cpu").worker
+            on_cpu.load_data()
+            calls["CPU, 1 thread"] = partial(on_cpu.train, 1)
+        calls["GPU, one by one"] = partial(step, worker, None)
+        calls["GPU, graph"] = partial(step, worker, captured)
+        calls["of it, drawing"] = partial(draw, worker)
+        calls["of it, the graph"] = captured._replay
+        times = timed(calls, turns, 4)
+        flops = sum(f * n for work in work_of(worker.job) for f, n in work.products.items())
+        for name, seconds in times.items():
+            share = f"{flops / seconds / peak:.1%}" if name.startswith("GPU") else "-"
+            print(
+                f"| {d} | {batch} | {name} | {seconds * 1e3:.2f} | {batch / seconds:,.0f} "
+                f"| {share} |",
+                flush=True,
+            )
+
+
+def step(worker: Worker, captured: Captured | None) -> None:
+    """Take a training step, with a recorded graph or without."""
+    worker._captured, worker._may_capture = captured, False
+    worker.train(1)
+
+
+def draw(worker: Worker) -> None:
+    """Bring a batch of all agents to their device."""
+    for agent in worker.agents.values():
+        agent.draw(1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = ArgumentParser(description="training steps on a GPU")
+    parser.add_argument("--data-dir", required=True, type=Path, help="folder of the MNIST files")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--tf32", action="store_true", help="products with TF32")
+    o = parser.parse_args(argv)
+    if o.tf32:
+        torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(1)
+    peak = rate()
+    print(
+        f"{torch.cuda.get_device_name()}; {machine()}; float32{' by TF32' * o.tf32}; "
+        f"product of 8192: {peak / 1e12:.1f} TFLOP/s; medians of {o.turns} turns\n"
+    )
+    stacks(o.turns, peak)
+    print()
+    agents(o.data_dir, o.turns, peak)
+
+
+if __name__ == "__main__":
+    main()
