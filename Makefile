@@ -10,8 +10,8 @@ train: $(VENV)/.installed
 
 # Of the pure modules what is run is counted (pyproject.toml, 95 % at least); of all tests it would
 # take too long.
-PURE = analysis architecture data distortion engine exchange family hamiltonian mnist model node \
-	optimization placement reader sparsity tables topology
+PURE = analysis architecture data distortion engine exchange family graphs hamiltonian job mnist \
+	model node optimization placement reader sparsity tables topology
 PURE_TESTS = $(PURE:%=tests/test_%.py)
 
 test: $(VENV)/.installed-dev

@@ -78,7 +78,7 @@ def jobs(
         },
     }
     alone = nx.create_empty_copy(graph)
-    kinds = (("neighbours", graph, 8), ("alone", alone, 8), ("alone-wide", alone, 18))
+    kinds = (("network", graph, 8), ("alone", alone, 8), ("alone-wide", alone, 18))
     made = [
         hdnn_dist.Job.load(spec | {"topology": hdnn_dist.Topology.from_graph(g, d=d, name=name)})
         for name, g, d in kinds

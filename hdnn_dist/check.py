@@ -387,13 +387,8 @@ def _step(job: Job) -> Iterator[Phase]:
     yield _phase(job, "their cotangent back", backward[:scores])
     yield _phase(job, "layers backward", backward[scores:])
     if (copies := job.spec.cluster.replicas) > 1:
-        # A ring among the copies of an actor: 2 (R - 1) messages one after the other, in which
-        # every number is sent as often. Where there are labels the tally is added.
-        agents = range(len(job.topology.agents))
-        tallies = (3 if job.data.targets else 2) * sum(map(job.architecture.finishes, agents))
-        numbers = tallies + sum(job.architecture.count(i, zeros=True) for i in agents)
-        turns = 2 * (copies - 1)
-        yield Phase("sums over the copies", turns, turns * numbers * job.dtype.itemsize)
+        # A ring among the copies of an actor: 2 (R - 1) messages one after the other.
+        yield Phase("sums over the copies", 2 * (copies - 1), job.bytes_of_sums)
     yield _phase(job, "norm of the gradient", plan.clipping)
 
 

@@ -81,10 +81,10 @@ Ints = npt.NDArray[np.int64]
 class DataInfo:
     """What is known of a data set without loading it; ``image`` is (height, width).
 
-    It has classes, or ``targets``, which are numbers.
+    A table is called as its folder is. A set has classes, or ``targets``, which are numbers.
     """
 
-    name: DataName
+    name: str
     features: int
     classes: int
     image: tuple[int, int] | None
@@ -139,8 +139,9 @@ def describe(spec: DataSpec) -> DataInfo:
     if spec.name == "table":
         table, classes = describe_table(spec), class_names(spec) or ()
         size = table.train, table.test
+        name = Path(spec.dir or "").absolute().name or "table"  # what its owner calls it
         info = DataInfo(
-            "table", len(table.names), len(classes), None, *size, targets=target_names(spec)
+            name, len(table.names), len(classes), None, *size, targets=target_names(spec)
         )
     else:
         info = SETS[spec.name]

@@ -123,13 +123,14 @@ def _description(job: Job, step: int) -> dict[str, Any]:
     white: float
     mean: Any
     std: Any
-    if job.data.name == "table":
-        columns = moments(job.spec.data, range(job.data.features))
+    data = job.spec.data
+    if data.name == "table":
+        columns = moments(data, range(job.data.features))
         white, (mean, std) = 1.0, (column.tolist() for column in columns)
     else:
-        white, mean, std = PIXELS.get(job.data.name, (1.0, 0.0, 1.0))
+        white, mean, std = PIXELS.get(data.name, (1.0, 0.0, 1.0))
     return {
-        "data": job.data.name,
+        "data": data.name,
         "step": step,
         "input": {
             "shape": ["batch", job.data.features],

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, groupby
 
 import networkx as nx
 import numpy as np
+import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.transforms import Bbox
 
 from hdnn_dist.console import size
 from hdnn_dist.data import View
 from hdnn_dist.errors import UserError
-from hdnn_dist.figures import LIGHT, LISTED, SERIES, SHOWN, Chart, chart, series
+from hdnn_dist.figures import LIGHT, SERIES, SHOWN, Chart, chart, series
 from hdnn_dist.job import Job
 
 DRAWN = 400  # agents up to which a graph is a picture
+LABEL, MARGIN = 8.0, 14.0  # points: the height of a name, and what is left round a graph
+Point = tuple[float, float]
 
 
 def topology(job: Job, hosts: Sequence[int] | None, name: str = "topology") -> Chart:
@@ -44,68 +50,162 @@ def topology(job: Job, hosts: Sequence[int] | None, name: str = "topology") -> C
         carried[link] = carried.get(link, 0) + amount
     at = _layout(job)
     details = len(names) <= SHOWN
-    nearest = min((math.dist(at[i], at[l]) for i, l in combinations(at, 2)), default=1.0)
-    side = nearest * (0.56 if details else 0.5)
+    inches = (4.8, 4.3) if len(names) <= 25 else (9.0, 8.0)
+    rows = _keys(job, hosts, carried.values(), int(72 * inches[0] // 75))
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+        # Lengths are points here, so that names can be laid out with what is drawn.
+        figure.set_layout_engine("none")
+        width, height = (72 * length for length in inches)
+        foot = 16 * len(rows)
+        area = width, height - foot
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(-foot, area[1]))
         axes.set_axis_off()
-        axes.set_aspect("equal")
+        for k, row in enumerate(rows):
+            top = 0.5, (foot - 16 * k) / height
+            figure.legend(
+                *zip(*row, strict=True), loc="upper center", bbox_to_anchor=top, ncols=len(row)
+            )
+        place, side = _fill(at, area, 0.56 if details else 0.5)
         most = max(carried.values(), default=1)
         for (i, l), amount in carried.items():
             axes.plot(
-                *zip(at[i], at[l], strict=True),
+                *zip(place[i], place[l], strict=True),
                 color=LIGHT["soft"],
-                linewidth=0.6 + 3.4 * amount / most,
+                linewidth=_thickness(amount, most),
                 solid_capstyle="round",
                 zorder=1,
             )
         if graph.directed:
             for l, i in graph.edges:
-                axes.add_patch(_arrow(at[l], at[i], side))
-        for i, place in at.items():
+                axes.add_patch(_arrow(place[l], place[i], side))
+        for i, middle in place.items():
             colour = LIGHT["c0"] if hosts is None else series(hosts[i])
-            left, bottom = place[0] - side / 2, place[1] - side / 2
+            left, bottom = middle[0] - side / 2, middle[1] - side / 2
             frame = Rectangle((left, bottom), side, side, linewidth=1.6, zorder=3)
             frame.set(facecolor=LIGHT["paper"] if details else colour, edgecolor=colour)
             axes.add_patch(frame)
             if not details:
                 continue
-            for x, y, width, height in _seen(job.views[i], job.data.image, job.data.features):
+            for x, y, w, h in _seen(job.views[i], job.data.image, job.data.features):
+                corner = left + x * side, bottom + (1 - y - h) * side
                 part = Rectangle(
-                    (left + x * side, bottom + (1 - y - height) * side),
-                    width * side,
-                    height * side,
-                    facecolor=colour,
-                    linewidth=0,
-                    zorder=4,
+                    corner, w * side, h * side, facecolor=colour, linewidth=0, zorder=4
                 )
                 axes.add_patch(part)
-            has_root = job.architecture.own is None
-            said = f"{names[i]}, root" if has_root and i == job.root else names[i]
-            axes.annotate(
-                said,
-                (place[0], bottom),
-                (0, -3),
-                textcoords="offset points",
+        said = _said(job) if details else {}
+        for i, spot in _labels(said, place, side, carried, area).items():
+            axes.text(
+                *spot,
+                said[i],
                 ha="center",
-                va="top",
-                fontsize=9 if len(names) <= 25 else 6,
+                va="center",
+                fontsize=LABEL,
                 zorder=5,
                 bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.6},
             )
-        actors = sorted(set(hosts or ()))
-        if 1 < len(actors) < len(names) and len(actors) <= len(SERIES):
-            handles = [Rectangle((0, 0), 1, 1, color=series(k)) for k in actors]
-            figure.legend(
-                handles, [f"actor {k}" for k in actors], loc="outside lower center", ncols=4
-            )
-        xs, ys = zip(*at.values(), strict=True)
-        axes.set_xlim(min(xs) - side, max(xs) + side)
-        axes.set_ylim(min(ys) - 1.1 * side, max(ys) + side)
 
-    shape = (4.8, 4.3) if len(names) <= 25 else (9.0, 8.0)
-    return chart(name, "Agents", _told(job, hosts, carried), draw, shape)
+    return chart(name, "Agents", _told(job, hosts, carried), draw, inches)
+
+
+def _thickness(amount: int, most: int) -> float:
+    return 0.6 + 2.6 * amount / most
+
+
+def _keys(
+    job: Job, hosts: Sequence[int] | None, carried: Collection[int], columns: int
+) -> list[list[tuple[Artist, str]]]:
+    """What is drawn how, in rows: how wide a link is, what fills a frame, whose a colour is."""
+    least, most = min(carried, default=0), max(carried, default=0)
+    shown = {least: size(least), most: size(most)}
+    if least > 0.8 * most:  # the eye takes them for equal
+        shown = {most: " to ".join(dict.fromkeys(shown.values()))}
+    first: list[tuple[Artist, str]] = [
+        (Line2D([], [], color=LIGHT["soft"], linewidth=_thickness(n, most)), f"{said} a step")
+        for n, said in shown.items()
+        if carried
+    ]
+    M, actors = len(job.topology.agents), sorted(set(hosts or ()))
+    if M <= SHOWN:
+        first.append((Rectangle((0, 0), 1, 1, color=LIGHT["soft"]), "seen of the input"))
+    colours: list[tuple[Artist, str]] = []
+    if 1 < len(actors) < M and len(actors) <= len(SERIES):
+        colours = [(Rectangle((0, 0), 1, 1, color=series(k)), f"actor {k}") for k in actors]
+    rows = [first, *(colours[k : k + columns] for k in range(0, len(colours), columns))]
+    return [row for row in rows if row]
+
+
+def _said(job: Job) -> dict[int, str]:
+    """What stands by the agents, the root's first."""
+    names, root = job.topology.names, job.root
+    if job.architecture.own is not None:
+        return dict(enumerate(names))
+    return {root: f"{names[root]}, root"} | {i: n for i, n in enumerate(names) if i != root}
+
+
+def _fill(at: Mapping[int, Point], area: Point, share: float) -> tuple[dict[int, Point], float]:
+    """Agents in the middle of an area, as far apart as it allows, and the side of their frames.
+
+    Args:
+        at: where they are, in units of any size.
+        area: width and height, from 0.
+        share: a frame's, of the distance of the nearest two.
+    """
+    at_M2 = np.array([*at.values()])
+    low, high = at_M2.min(0), at_M2.max(0)
+    nearest = min((math.dist(at[i], at[l]) for i, l in combinations(at, 2)), default=1.0)
+    side = share * max(nearest, 0.02 * (high - low).max())  # some may lie all but on one another
+    scale = min(*((np.array(area) - 2 * MARGIN) / (high - low + side)), 60 / side)
+    placed_M2 = np.array(area) / 2 + scale * (at_M2 - (low + high) / 2)
+    return {i: (float(x), float(y)) for i, (x, y) in zip(at, placed_M2, strict=True)}, scale * side
+
+
+def _labels(
+    said: Mapping[int, str],
+    at: Mapping[int, Point],
+    side: float,
+    links: Iterable[tuple[int, int]],
+    area: Point,
+) -> dict[int, Point]:
+    """Where the middles of labels go: off all frames and each other, and off links if they can.
+
+    A label for which there is no place is left out.
+    """
+    ends_L22 = np.array([(at[i], at[l]) for i, l in links], float).reshape(-1, 2, 2)
+    reach = side / 2 + 4  # of a frame, so that nobody takes a label for that of another
+    frames = {
+        i: Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for i, (x, y) in at.items()
+    }
+    whole = Bbox.from_bounds(0, 0, *area)
+    found = dict[int, Point]()
+    taken = list[Bbox]()
+    for i, text in said.items():
+        w, h = 0.62 * LABEL * len(text) + 2, 1.2 * LABEL
+        up, out, aside = side / 2 + h / 2 + 3, side / 2 + w / 2 + 3, w / 2 + 3
+        beside = [(0.0, -up), (0.0, up), (out, 0.0), (-out, 0.0)]
+        beside += [(aside, -up), (-aside, -up), (aside, up), (-aside, up)]
+        others = taken + [frame for l, frame in frames.items() if l != i]
+        free = []
+        for dx, dy in beside:
+            x, y = at[i][0] + dx, at[i][1] + dy
+            box = Bbox.from_bounds(x - w / 2, y - h / 2, w, h)
+            inside = whole.contains(*box.min) and whole.contains(*box.max)
+            if inside and not box.count_overlaps(others):
+                free.append((_length_in(box, ends_L22), box, (x, y)))
+        if free:
+            _, box, found[i] = min(free, key=lambda place: place[0])  # the first of the best
+            taken.append(box)
+    return found
+
+
+def _length_in(box: Bbox, ends_L22: npt.NDArray[np.float64]) -> float:
+    """How much of some straight lines lies in a box."""
+    start_L2, way_L2 = ends_L22[:, 0], ends_L22[:, 1] - ends_L22[:, 0]
+    way_L2[way_L2 == 0] = 1e-9
+    sides_2L2 = (np.stack([box.min, box.max])[:, None] - start_L2) / way_L2  # where they are met
+    enter_L = sides_2L2.min(0).max(1).clip(min=0)
+    leave_L = sides_2L2.max(0).min(1).clip(max=1)
+    return float((leave_L - enter_L).clip(min=0) @ np.linalg.norm(way_L2, axis=1))
 
 
 def _layout(job: Job) -> dict[int, tuple[float, float]]:
@@ -199,11 +299,19 @@ def _told(job: Job, hosts: Sequence[int] | None, carried: Mapping[tuple[int, int
         (i, l), most = max(carried.items(), key=lambda item: item[1])
         least = min(carried.values())
         said.append(
-            f"A training step sends {size(most)} over the busiest link, {names[i]} and {names[l]}, "
-            f"and {size(least)} over the quietest."
+            f"A training step sends {size(most)} over each link."
+            if least == most
+            else f"A training step sends {size(most)} over the busiest link, {names[i]} and "
+            f"{names[l]}, and {size(least)} over the quietest."
         )
-    for i in range(min(len(names), LISTED)):
-        seen = len(job.views[i].columns)
-        where = "" if hosts is None else f", in actor {hosts[i]}"
-        said.append(f"{names[i]} sees {seen} of {F} features{where}.")
+    alike: dict[tuple[int, int | None], list[str]] = {}
+    apart = hosts is not None and len(set(hosts)) == len(names)
+    for i, name in enumerate(names if len(names) <= SHOWN else ()):
+        host = None if hosts is None or apart else hosts[i]
+        alike.setdefault((len(job.views[i].columns), host), []).append(name)
+    for (seen, host), those in alike.items():
+        where = "" if host is None else f", in actor {host}"
+        said.append(
+            f"{', '.join(those)} see{'s' * (len(those) == 1)} {seen} of {F} features{where}."
+        )
     return " ".join(said)

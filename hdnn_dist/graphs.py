@@ -2,7 +2,8 @@
 
 Nothing is called by a name from a spec but public graph generators, with arguments checked first.
 What a generator takes is known when it has ended, if it ends: only small graphs of well-known ones
-are made in this process, all others in one of their own that is stopped at its limits.
+are made in this process, all others in one of their own that is stopped at its limits (on Windows,
+which has none, by the clock alone).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import inspect
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 from collections import Counter, OrderedDict
@@ -26,6 +26,9 @@ import networkx as nx
 from hdnn_dist.errors import SpecError, did_you_mean
 from hdnn_dist.spec import FileEdges, GeneratedEdges
 from hdnn_dist.storage import read_text
+
+if sys.platform != "win32":
+    import resource
 
 Graph: TypeAlias = "nx.Graph[Any]"
 Loc = tuple[str | int, ...]
@@ -174,11 +177,12 @@ def _ask(call: str) -> str:
 
 def serve() -> None:
     """Read a generator's name, arguments and directedness, and print the graph; all in JSON."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, CPU_SECONDS)):
-        hard = resource.getrlimit(limit)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, hard))
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, CPU_SECONDS)):
+            hard = resource.getrlimit(limit)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(limit, (most, hard))
     name, given, directed = json.load(sys.stdin)
     try:
         answer = json.dumps(_called(name, given, directed))

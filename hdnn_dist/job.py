@@ -265,8 +265,20 @@ class Job:
 
     @cached_property
     def bytes_per_step(self) -> int:
-        """What the plan moves between agents in a training step."""
+        """What the plan moves between agents in a training step, over all copies of them."""
         return sum(self.traffic(self.plan.training_step).values())
+
+    @cached_property
+    def bytes_of_sums(self) -> int:
+        """What the copies of all agents send one another in a training step.
+
+        They sum gradients, and the loss and scores where they are told, in rings: with R copies
+        every number is sent 2 (R - 1) times.
+        """
+        agents = range(len(self.topology.agents))
+        tallies = (3 if self.data.targets else 2) * sum(map(self.architecture.finishes, agents))
+        numbers = tallies + sum(self.architecture.count(i, zeros=True) for i in agents)
+        return 2 * (self.spec.cluster.replicas - 1) * numbers * self.dtype.itemsize
 
     @cached_property
     def parameters(self) -> int:

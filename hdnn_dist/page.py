@@ -504,9 +504,11 @@ def _facts(run: Shown) -> list[tuple[str, str]]:
         ("steps", f"{run.step:,}{ends}"),
         ("model", f"{told.model}, {told.depth} layers, {told.parameters:,} parameters"),
         ("agents", f"{len(told.agents)}, {told.edges} edges"),
-        ("sent a step", size(job.bytes_per_step)),
+        ("sent a step between agents", size(job.bytes_per_step)),
         ("rounds a step", f"{len(job.plan.training_step)}"),
     ]
+    if told.replicas > 1:
+        facts.append(("sent a step between copies", size(job.bytes_of_sums)))
     if job.absent:
         facts.append(("absent", ", ".join(job.absent)))
     if summary is None:

@@ -232,7 +232,7 @@ class Summary:
         seconds: wall time of `fit`.
         training_seconds: of it, in training steps.
         samples_per_second: of training.
-        bytes_per_step: that the plan moves between agents in a training step.
+        bytes_per_step: the plan's between agents in a training step; sums over copies aside.
         bytes_sent: between agents, counted at the transport, evaluations included.
         parameters: of all agents.
         placement: what ran where.

@@ -50,7 +50,6 @@ def shown(found: Report) -> str:
         ({"directed": True}, {"name": "MS2"}, "'a' does not use that of 'b'"),
         ({}, {"name": "H1", "J": "J2"}, "the topology has no link from 'c' to 'a'"),
         ({}, {"name": "MS1", "graph": "J"}, "the graph can enter K alone"),
-        ({}, {"name": "MS3", "train_J": True}, "trains the X of H2"),
         ({}, {"name": "H2", "J": "J1"}, "that of H2 is fixed"),
     ],
 )
@@ -61,36 +60,12 @@ def test_a_model_that_the_graph_cannot_have_is_refused(
         report(topology=line("abc") | topology, model=model)
 
 
-@pytest.mark.parametrize(
-    ("data", "more", "reason"),
-    [
-        (
-            "swiss_roll",
-            {},
-            r"training\.distort: swiss_roll is not a set of images.*leave distort out",
-        ),
-        ("digits", {"shift": 1}, r"training\.shift: .*by itself.*use training\.distort\.shift"),
-    ],
-)
-def test_a_distortion_that_cannot_be_is_refused(
-    data: str, more: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(SpecError, match=reason):
-        report(topology=line("ab"), data={"name": data}, training={"distort": {}} | more)
-
-
 def test_whole_training_images_that_a_distortion_reads_are_warned_of() -> None:
     bent, plain = (
         report(topology=line("ab"), training={"distort": distort}) for distort in ({}, None)
     )
     assert any("reads all their pixels" in warning for warning in bent.warnings)
     assert not any("pixels" in warning for warning in plain.warnings)
-
-
-@pytest.mark.parametrize("name", ["H1", "MS2"])
-def test_states_that_no_inverse_recomputes_are_refused(name: str) -> None:
-    with pytest.raises(SpecError, match=r"training\.activations: .*no closed inverse.*set activa"):
-        report(topology=line("ab"), model={"name": name}, training={"activations": "recompute"})
 
 
 def test_recomputing_is_told_in_rounds_and_bytes() -> None:
@@ -194,13 +169,6 @@ def test_numbers_that_copies_sum_are_those_that_are_stored(model: dict[str, Any]
     assert stored > job.parameters + 2
     [sums] = [phase for phase in found.step if phase.name == "sums over the copies"]
     assert sums == Phase("sums over the copies", 4, 4 * 4 * stored)
-
-
-def test_more_copies_than_samples_are_refused() -> None:
-    with pytest.raises(
-        SpecError, match=r"cluster\.replicas: 9 copies .* a batch of 8 .* at most 8"
-    ):
-        report(topology=line("ab"), training={"batch_size": 8}, cluster={"replicas": 9})
 
 
 def test_the_graph_in_J_needs_one_exchange() -> None:

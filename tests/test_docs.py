@@ -6,8 +6,9 @@ steer this, for the reader of its source to see:
     <!-- first: CODE -->        Python that the next block needs and the reader does not
     <!-- not run: WHY -->       the next block is not run, for this reason
 
-Commands are run as they stand but for what makes them long (`SMALL`). Those that need a cluster
-(`READ`, `ELSEWHERE`) are parsed by the command line and go no further.
+Commands are run as they stand but for what makes them long (`SMALL`), those without --local on the
+tests' own Ray, in few actors (`PACKED`). Those that need a cluster elsewhere or a job server, or
+take long (`READ`, `ELSEWHERE`), are parsed by the command line and go no further.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ _STEER = re.compile(r"<!-- (first|not run):\s+(.*?)\s*-->", re.DOTALL)
 TINY = [f"--set={key}" for key in ("training.epochs=1", "training.batch_size=32", "model.layers=2")]
 CUT = ["--set=data.train_samples=64", "--set=data.test_samples=30", "--set=training.dtype=float32"]
 SMALL = {
-    "train": [*TINY, *CUT, "--set=training.distort=null", "--local"],
-    "resume": ["--set=training.epochs=2", "--local"],
-    "eval": ["--local"],
-    "predict": ["--local"],
-    "analyze": ["--local", "--baselines=none", "--samples=2"],
-    "report": ["--local", "--worst=0", "--no-bsm"],
+    "train": [*TINY, *CUT, "--set=training.distort=null"],
+    "resume": ["--set=training.epochs=2"],
+    "eval": [],
+    "predict": [],
+    "analyze": ["--baselines=none", "--samples=2"],
+    "report": ["--worst=0", "--no-bsm"],
 }
+PACKED = "--set=cluster.agents_per_actor=16"
+HERE = "--data-dir"  # of MNIST, the made-up one of which no other process knows
 READ = {"submit", "status", "logs", "stop", "calibrate"}  # the last takes most of a minute
 ELSEWHERE = ("--address", "s3://")
 
@@ -118,8 +121,27 @@ def workplace(run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_block_of_a_page_does_what_it_says(page: Path, workplace: Path) -> None:
+def is_parsed(words: list[str]) -> bool:
+    """Whether a command of `hdnn-dist` is not run."""
+    return words[0] in READ or any(word.startswith(ELSEWHERE) for word in words)
+
+
+def is_for_ray(words: list[str]) -> bool:
+    return words[0] in SMALL and not is_parsed(words) and not {"--local", HERE} & {*words}
+
+
+def marked(page: Path) -> Any:
+    """The page as a parameter, marked if some of its commands are for Ray."""
+    shell = (b for b in blocks(page) if b.language in ("sh", "bash") and b.why_not is None)
+    found = (words for block in shell for words in commands(block) if words[0] == "hdnn-dist")
+    marks = [pytest.mark.cluster] * any(is_for_ray(words) for _, *words in found)
+    return pytest.param(page, marks=marks, id=str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
+def test_every_block_of_a_page_does_what_it_says(
+    page: Path, workplace: Path, request: pytest.FixtureRequest
+) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.why_not is not None:
@@ -132,6 +154,8 @@ def test_every_block_of_a_page_does_what_it_says(page: Path, workplace: Path) ->
             exec(compile(tree, str(page), "exec"), names)
         elif block.language in ("sh", "bash"):
             for words in commands(block):
+                if is_for_ray(words[1:]):
+                    request.getfixturevalue("cluster")
                 obey(words, block)
         elif block.language == "yaml":
             fitted(block.text)
@@ -156,7 +180,7 @@ def obey(words: list[str], block: Block) -> None:
 
 def hdnn(words: list[str], block: Block) -> None:
     command = words[0]
-    if command in READ or any(word.startswith(ELSEWHERE) for word in words):
+    if is_parsed(words):
         parsed = typer.main.get_command(app).commands[command]
         parsed.make_context(command, words[1:])
         return
@@ -164,8 +188,10 @@ def hdnn(words: list[str], block: Block) -> None:
         words = words[: words.index(">")]
     kind = "resume" if "--resume" in words else command
     more = [word for word in SMALL.get(kind, []) if word not in words]
+    more += ["--local"] * (HERE in words)
+    packed = [PACKED] * is_for_ray(words)  # unless the command says otherwise, after it
     with pytest.raises(SystemExit) as ended:
-        main([*words, *more])
+        main([command, *packed, *words[1:], *more])
     assert ended.value.code in (0, None), f"{block}: {' '.join(words)}: {ended.value.code}"
 
 

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 import hdnn_dist
+from hdnn_dist.check import examine, this_machine
+from hdnn_dist.console import size
 from hdnn_dist.errors import CheckpointError, UserError
 from hdnn_dist.page import write_page
+from hdnn_dist.run import reopen
 from hdnn_dist.storage import read, read_text
 from tests.commands import hdnn
 from tests.strategies import numbers
@@ -100,6 +103,7 @@ def regression(run: Path, own: bool) -> hdnn_dist.Summary:
         "topology": {"agents": ["b1", "b2"], "d": 2, "edges": [["b1", "b2"]]},
         "data": numbers() | ({"targets": targets} if own else {}),
         "training": {"epochs": 2, "batch_size": 10},
+        "cluster": {"replicas": 2},
     }
     return hdnn_dist.train(spec, run=run, local=True)
 
@@ -115,6 +119,10 @@ def test_a_regression_stands_beside_a_classification(
     assert f"<td>–</td><td>{summary.test_rmse:.4g}</td>" in text
     assert f'<th scope="row">best test R²</th><td>–</td><td>{summary.best_test_r2:.4f}' in text
     assert ("b1, root" in text) == (not own)
+    told = examine(reopen(tmp_path / "run"), [this_machine()])
+    [sums] = [phase for phase in told.step if "copies" in phase.name]
+    row = '<th scope="row">sent a step between copies</th><td>–</td>'
+    assert f"{row}<td>{size(sums.bytes)}</td>" in text
     assert "keys</summary>" in text  # another topology: too many to read past
     made = {file.stem for file in (tmp_path / "both").glob("*.png")}
     assert {"accuracy", "rmse", "confusion-1", "fit-2", "errors-2"} <= made
@@ -176,7 +184,7 @@ def test_where_the_time_went_and_who_shared_an_actor(runs: list[Path], tmp_path:
     text = page(record(2, *halves), record(5, *halves))
     # A step takes 100 ms: a2 computes 20, its actor waits 10, a1 computes 10, the rest is 60.
     assert "a2: compute 20 ms, send 60 ms, wait 20 ms." in text
-    assert "a4 sees 16 of 64 features, in actor 1." in text
+    assert "a3, a4 see 16 of 64 features, in actor 1." in text
     assert "here &lt;1&gt;" in text
     three = record(5, (["a1", "a2", "a3"], [0.1] * 3))
     torn = [

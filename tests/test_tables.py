@@ -320,6 +320,7 @@ def test_a_regression_is_trained_evaluated_predicted_shown_and_exported(
     page = (run / "report" / "report.html").read_text()
     assert f"<td>{summary['test_r2']:.4f}</td>" in page
     assert "Predicted and true" in page
+    assert f"<h1>topology learns {tmp_path.name}</h1>" in page
     assert {"fit", "errors", "rmse"} <= {file.stem for file in (run / "report").glob("*.png")}
     told = json.loads((run / "export" / "model.json").read_text())
     features = torch.from_numpy((x[300:] - told["input"]["mean"]) / told["input"]["std"]).float()
