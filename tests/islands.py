@@ -110,19 +110,20 @@ class Hosts:
     def mend(self, k: int) -> None:
         """Plug them in again, where all other cores are taken; return when the host's is free.
 
-        A raylet that Ray had given up by then, or that still keeps the core for an actor that was
-        lost on it, is started anew.
+        That may take Ray as long as the host was cut off. A raylet that it had given up by then is
+        started anew.
         """
         for cable in 0, 1:
             ip("link", "set", f"hdnn{k}-{cable}", "up")
-        deadline = time.monotonic() + 10
-        while not (self.is_there(k) and ray.available_resources().get("CPU", 0) >= 1):
-            if time.monotonic() > deadline:
-                self._kill(k)
-                self.start(k)
-                wait_for(lambda: ray.available_resources().get("CPU", 0) >= 1)
-                break
-            time.sleep(0.2)
+
+        def free() -> bool:
+            return bool(ray.available_resources().get("CPU", 0) >= 1)
+
+        wait_for(lambda: free() or not self.is_there(k))
+        if not self.is_there(k):
+            self._kill(k)
+            self.start(k)
+            wait_for(free)
 
     def close(self) -> None:
         """Leave Ray and end it."""

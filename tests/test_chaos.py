@@ -21,6 +21,7 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import hdnn_dist
 from hdnn_dist.checkpoint import checkpoints
@@ -163,6 +164,44 @@ def test_a_run_goes_on_with_the_machines_that_are_left_or_says_that_there_are_no
     tmp_path: Path,
 ) -> None:
     apart(go_on_with_fewer_machines, tmp_path)
+
+
+def go_on_without_a_core_that_is_not_let_go_of(folder: Path) -> None:
+    """As when a machine did not hear that its actor was given up; here somebody else is quicker."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    holders: list[Any] = []
+
+    class Placed(Loses):
+        def started(self, runner: Runner, step: int) -> None:
+            assert isinstance(runner, RayRunner)
+            self.on = [[n.node_id[:8] in on for n in nodes] for on in runner._nodes]
+            self.runner = runner
+            super().started(runner, step)
+
+    def lose_a_core() -> None:
+        there = NodeAffinitySchedulingStrategy(nodes[1].node_id, soft=False)
+        holder = ray.remote(num_cpus=1)(type("Holder", (), {}))
+        holders.append(holder.options(scheduling_strategy=there).remote())  # next in its queue
+        ray.kill(watch.runner._actors[watch.on.index([False, True])])
+
+    watch = Placed(lose_a_core)
+    job = Job.load(None, [*SETTINGS])
+    summary = hdnn_dist.train(job, run=folder / "held", listeners=[watch])
+    assert watch.actors == [2, 1]
+    assert watch.on == [[True, False]]
+    assert summary.restarts == 1
+    ray.shutdown()
+    cluster.shutdown()
+    assert same_weights(folder / "held", folder / "quiet")
+
+
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_without_a_core_that_is_not_let_go_of(tmp_path: Path) -> None:
+    apart(go_on_without_a_core_that_is_not_let_go_of, tmp_path)
 
 
 def lose_machines_while_the_group_forms(folder: Path) -> None:
