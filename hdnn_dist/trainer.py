@@ -46,7 +46,7 @@ from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
 from hdnn_dist.trace import Track, chrome
 from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Times, Worker, device_of, slowest
+from hdnn_dist.worker import Times, Worker, agreement_of, device_of, slowest
 
 log = logging.getLogger("hdnn_dist")
 SCORES = re.compile(r"(best_)?test_(accuracy|rmse|r2)")
@@ -176,10 +176,8 @@ class LocalRunner:
 
     def reform(self, job: Job) -> None:  # noqa: D102
         self.job = job
-        transport = InProcess(
-            job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
-        )
         agents = range(len(job.topology.agents))
+        transport = InProcess(agreement_of(job))
         self.worker = Worker(job, agents, transport, device=device_of(job, agents))
 
     def close(self) -> None:  # noqa: D102
