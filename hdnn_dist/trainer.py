@@ -21,7 +21,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from hdnn_dist.agent import Evaluation, Fault, StepResult, scores_of
+from hdnn_dist.agent import Evaluation, Fault, StepResult, averaged, scores_of
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import (
     Manifest,
@@ -527,19 +527,18 @@ class Trainer:
         )
 
     def _progress(self, step: int, results: Sequence[StepResult], seconds: float) -> Progress:
-        job = self.runner.job
-        samples = sum(r.samples for r in results)
+        job, mean = self.runner.job, averaged(results)
         return Progress(
             step=step,
             steps=job.steps,
             epoch=(step - 1) // job.steps_per_epoch + 1,
             epochs=job.spec.training.epochs,
-            loss=sum(r.loss for r in results) / len(results),
-            accuracy=_mean([None if r.correct is None else r.correct / r.samples for r in results]),
-            samples_per_second=samples / seconds,
+            loss=mean.loss,
+            accuracy=mean.accuracy,
+            samples_per_second=mean.samples / seconds,
             seconds_left=(job.steps - step) * seconds / len(results),
-            squares=_mean([r.squares for r in results]),
-            variance=_mean([r.variance for r in results]),
+            squares=mean.squares,
+            variance=mean.variance,
         )
 
     def _sent(self) -> int:
@@ -548,12 +547,6 @@ class Trainer:
     def _tell(self, event: str, *news: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*news)
-
-
-def _mean(numbers: Sequence[float | None]) -> float | None:
-    """None of those that are not there."""
-    there = [number for number in numbers if number is not None]
-    return sum(there) / len(there) if there else None
 
 
 def _best(job: Job, best: float) -> dict[str, float | None]:
