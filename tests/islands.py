@@ -18,6 +18,8 @@ import psutil
 import pytest
 import ray
 
+from tests.processes import tree
+
 NETWORK, OTHER = "10.203.0", "10.204.0"  # the cluster's, and one that nothing is to use
 HEAD = f"{NETWORK}.1:6390"
 
@@ -140,8 +142,7 @@ class Hosts:
 
     def _kill(self, k: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            top = psutil.Process(self._daemons[k].pid)
-            for process in [top, *top.children(recursive=True)]:
+            for process in tree(self._daemons[k].pid):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self._daemons[k].wait()

@@ -32,6 +32,7 @@ from hdnn_dist.run import reopen
 from hdnn_dist.trainer import Listener, Progress, Runner
 from tests.chaos import DEATHS, STOPS
 from tests.islands import wait_for
+from tests.processes import machine, tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.chaos]
 
@@ -130,9 +131,7 @@ def go_on_with_fewer_machines(folder: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
     def lose_one() -> None:
-        [raylet] = nodes.pop().all_processes["raylet"]
-        top = psutil.Process(raylet.process.pid)
-        for process in [top, *top.children(recursive=True)]:
+        for process in machine(nodes.pop()):
             process.kill()
 
     # Two losses, and the run ends on the one machine that is left.
@@ -216,9 +215,7 @@ def lose_machines_while_the_group_forms(folder: Path) -> None:
     form = RayRunner._form
 
     def strike(kind: str) -> None:
-        [raylet] = nodes.pop().all_processes["raylet"]
-        top = psutil.Process(raylet.process.pid)
-        for process in [top] if kind == "raylet" else [top, *top.children(recursive=True)]:
+        for process in machine(nodes.pop())[: 1 if kind == "raylet" else None]:
             struck.append(process)
             process.send_signal(signal.SIGSTOP if kind in STOPS else signal.SIGKILL)
 
@@ -278,7 +275,7 @@ def settings(*more: str) -> list[str]:
 
 def below(pid: int, name: str) -> list[psutil.Process]:
     """All processes below one, of which some have this name."""
-    found = psutil.Process(pid).children(recursive=True)
+    _, *found = tree(pid)
     assert any(name in process.name() for process in found)
     return found
 
@@ -288,7 +285,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.fixture
-def machine() -> Iterator[Cluster]:
+def local_cluster() -> Iterator[Cluster]:
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
     )
@@ -297,13 +294,13 @@ def machine() -> Iterator[Cluster]:
 
 
 @pytest.mark.timeout(600)
-def test_the_actors_of_a_killed_driver_leave_the_cluster(tmp_path: Path, machine: Cluster) -> None:
-    run, address = tmp_path / "run", ["--address", machine.address]
-    assert machine.head_node is not None
-    [raylet] = machine.head_node.all_processes["raylet"]
+def test_the_actors_of_a_killed_driver_leave_the_cluster(
+    tmp_path: Path, local_cluster: Cluster
+) -> None:
+    run, address = tmp_path / "run", ["--address", local_cluster.address]
     process = start(*settings(), "--run", run, *address)
     wait_for(checkpoints, run)
-    actors = [p for p in below(raylet.process.pid, "AgentActor") if "AgentActor" in p.name()]
+    actors = [p for p in machine(local_cluster.head_node) if "AgentActor" in p.name()]
     assert len(actors) == 2
     process.kill()
     process.communicate()
