@@ -214,8 +214,10 @@ def lose_machines_while_the_group_forms(folder: Path) -> None:
     struck: list[psutil.Process] = []
     form = RayRunner._form
 
-    def strike(kind: str) -> None:
-        for process in machine(nodes.pop())[: 1 if kind == "raylet" else None]:
+    def strike(kind: str, runner: RayRunner) -> None:
+        node = next(n for n in nodes if any(n.node_id[:8] in on for on in runner._nodes))
+        nodes.remove(node)  # where an actor is: two of them leave one of three machines alone
+        for process in machine(node)[: 1 if kind == "raylet" else None]:
             struck.append(process)
             process.send_signal(signal.SIGSTOP if kind in STOPS else signal.SIGKILL)
 
@@ -223,7 +225,7 @@ def lose_machines_while_the_group_forms(folder: Path) -> None:
         if not kinds:
             return form(runner)
         kind, start = kinds.pop(), time.monotonic() + 1
-        timer = threading.Timer(1, strike, (kind,))
+        timer = threading.Timer(1, strike, (kind, runner))
         timer.start()
         try:
             form(runner)
