@@ -35,7 +35,7 @@ from hdnn_dist.storage import Place
 from hdnn_dist.trace import Track, clock
 from hdnn_dist.transport import InProcess, PointToPoint, Staged, Transport
 from hdnn_dist.wires import Gloo, PeerError, Sockets, connect
-from hdnn_dist.worker import Times, Worker, device_of
+from hdnn_dist.worker import Times, Worker, agreement_of, device_of
 
 log = logging.getLogger("hdnn_dist")
 START = 60.0  # seconds that a process is given to start, torch and all, before it is taken for lost
@@ -144,16 +144,15 @@ class AgentActor:
         """Take on some agents of a job, and return the digest of the job as this actor sees it."""
         torch.set_num_threads(spec.cluster.threads or 1)
         job = Job.of(spec).without(absent)
-        common = job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
+        agreed, device = agreement_of(job), device_of(job, agents)
         first = self._replicas.copy * len(packing)  # rank of this copy of the agents
-        device = device_of(job, agents)
-        transport: Transport = InProcess(*common)
+        transport: Transport = InProcess(agreed)
         if len(packing) > 1:
             ranks = [first + rank for rank in hosts(packing)]
             if self._direct:
-                transport = Direct(*common, ranks, job.digest, device)
+                transport = Direct(agreed, ranks, device)
             else:
-                wired = PointToPoint(*common, ranks, job.digest, dist.get_rank(), Gloo())
+                wired = PointToPoint(agreed, ranks, dist.get_rank(), Gloo())
                 transport = wired if device.type == "cpu" else Staged(wired, device)
         self._worker = Worker(job, agents, transport, self._replicas, device)
         self._worker.load_data()

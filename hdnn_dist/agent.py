@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -134,6 +134,22 @@ def whole(parts: Sequence[Told]) -> Told:
         return first
     keys = "loss", "squares", "variance"
     return replace(first, **{key: sum(getattr(part, key) for part in parts) for key in keys})
+
+
+def averaged(results: Sequence[StepResult]) -> Evaluation:
+    """The batches of some steps as one: they are of one size. A root is taken of the mean."""
+
+    def mean(numbers: Iterable[float | None]) -> float | None:
+        there = [number for number in numbers if number is not None]
+        return sum(there) / len(there) if there else None
+
+    return Evaluation(
+        loss=sum(r.loss for r in results) / len(results),
+        accuracy=mean(None if r.correct is None else r.correct / r.samples for r in results),
+        samples=sum(r.samples for r in results),
+        squares=mean(r.squares for r in results),
+        variance=mean(r.variance for r in results),
+    )
 
 
 @dataclass(frozen=True, order=True)

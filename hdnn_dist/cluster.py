@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import operator
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -165,21 +167,27 @@ class RayRunner:
         """Reserve a bundle of resources an actor, all or none, and start the actors there.
 
         What the cluster has may change meanwhile, as Ray learns of a dead node with a delay: then
-        the agents are packed anew.
+        the agents are packed anew. What is still held after half of the time may stay so, as when a
+        node could not hear that its actors were given up: then they are packed for what is free.
         """
-        deadline, there = time.monotonic() + self.timeout, set[str]()
+        deadline, late = time.monotonic() + self.timeout, False
+        before: dict[str, dict[str, float]] | None = None  # what each node had room for
+        wanted: Sequence[Demand] = ()
         if missing := self._shortage():
             if self._alone:
                 raise PlacementError(missing, ROOM)
             log.warning("%s; waiting %g s for machines", missing, self.timeout)
         while True:
             left = deadline - time.monotonic()
-            if left < self.timeout / 2 and self._suspects:  # the others are held by somebody
-                self._suspects.clear()
-                there = set()
+            if not late and left < self.timeout / 2:
+                late, before = True, None
+                if not self._shortage():
+                    what = "%d actors wait for the cluster: %s; from now on what is free will do"
+                    log.warning(what, len(wanted), _held(wanted))
             nodes = [node for node in ray.nodes() if node["Alive"]]
-            if there != (now := {node["NodeID"] for node in nodes}):
-                there, wanted = now, self._reserve(nodes)
+            room = _with_what_is_free(nodes) if late else nodes
+            if before != (now := {node["NodeID"]: as_node(node).resources for node in room}):
+                before, wanted = now, self._reserve(nodes, room)
             assert self._group is not None
             if self._group.wait(max(0.0, min(SLICE, left))):
                 break
@@ -211,21 +219,30 @@ class RayRunner:
         addresses = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in on]
         self._raylets = dict(zip(self._nodes, addresses, strict=True))
 
-    def _reserve(self, nodes: Sequence[dict[str, Any]]) -> Sequence[Demand]:
+    def _reserve(
+        self, nodes: Sequence[dict[str, Any]], room: Sequence[dict[str, Any]]
+    ) -> Sequence[Demand]:
         """Ask Ray for the bundles, in place of those asked for before; what they are to hold.
 
         Ray takes a minute to see that a machine is cut off, and until then would place actors
         there: machines that lost some are left out where the others have room.
+
+        Args:
+            nodes: all there are.
+            room: the same, with what they are taken to have room for. Where that is not enough
+                the bundles wait for all that there is.
         """
         if self._group is not None:
             remove_placement_group(self._group)
-        trusted = [n for n in nodes if not any(n["NodeID"][:8] in s for s in self._suspects)]
-        machines = [as_node(node) for node in trusted]
-        if None in assign(self._wanted(machines)[1], machines):
-            trusted, machines = list(nodes), [as_node(node) for node in nodes]
-        shunned = [node["NodeID"] for node in nodes if node not in trusted]
+        trusted = [n for n in room if not any(n["NodeID"][:8] in s for s in self._suspects)]
+        for chosen in (trusted, room, nodes):
+            machines = [as_node(node) for node in chosen]
+            self.packing, wanted = self._wanted(machines)
+            if None not in assign(wanted, machines):
+                break
+        there = {node["NodeID"] for node in chosen}
+        shunned = [node["NodeID"] for node in nodes if node["NodeID"] not in there]
         away = {"ray.io/node-id": f"!in({','.join(shunned)})"} if shunned else {}
-        self.packing, wanted = self._wanted(machines)
         self._group = placement_group(
             [demand.resources for demand in wanted],
             strategy=self.job.spec.cluster.placement.upper(),
@@ -542,6 +559,16 @@ def _in_short(error: RayError) -> str:
 def _together(answers: Sequence[Sequence[StepResult]]) -> list[StepResult]:
     """Step by step, what actors with a part of the outputs know of it; the others say nothing."""
     return [whole(parts) for parts in zip(*filter(None, answers), strict=True)]
+
+
+def _with_what_is_free(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Nodes with what nobody holds now, in place of all they have; of cores, whole ones."""
+    free = available_resources_per_node()
+    return [
+        node | {"Resources": {**left, "CPU": math.floor(left.get("CPU", 0.0))}}
+        for node in nodes
+        for left in [free.get(node["NodeID"], {})]
+    ]
 
 
 def _held(wanted: Sequence[Demand]) -> str:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from hdnn_dist.errors import AgreementError, TransportError
 from hdnn_dist.exchange import Message, Round
-from hdnn_dist.sparsity import BlockPattern
-from hdnn_dist.transport import Apart, Mail, Sides
+from hdnn_dist.transport import Agreement, Apart, Mail, Sides
 from hdnn_dist.wires import STAMP
 
 
@@ -26,21 +25,12 @@ class Direct(Apart):
     """Agents are spread over the processes of the default torch.distributed group, a device each.
 
     Args:
-        links, names, dtype, per_sample, host, job: as in `hdnn_dist.transport.Apart`.
+        agreed, host: as in `hdnn_dist.transport.Apart`.
         device: of this process.
     """
 
-    def __init__(
-        self,
-        links: BlockPattern,
-        names: Sequence[str],
-        dtype: torch.dtype,
-        per_sample: torch.dtype,
-        host: Sequence[int],
-        job: str,
-        device: torch.device,
-    ) -> None:
-        super().__init__(links, names, dtype, per_sample, host, job, dist.get_rank())
+    def __init__(self, agreed: Agreement, host: Sequence[int], device: torch.device) -> None:
+        super().__init__(agreed, host, dist.get_rank())
         self.device = device
         self._sides: dict[Round, Sides] = {}
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from hdnn_dist.agent import Evaluation, StepResult
+from hdnn_dist.agent import Evaluation, StepResult, averaged
 from hdnn_dist.errors import few
 
 EVERY = 5.0  # seconds between two records of an actor, which has a figure for each of its edges
@@ -101,9 +101,10 @@ class RunGauges:
         """Some steps were taken, in so many seconds."""
         self._set(STEP, results[-1].step)
         self._set(STEP_SECONDS, seconds / len(results))
-        self._set(LOSS, sum(r.loss for r in results) / len(results))
-        for name in results[-1].scores:
-            self._set(SCORES[name], sum(r.scores[name] for r in results) / len(results))
+        mean = averaged(results)
+        self._set(LOSS, mean.loss)
+        for name, score in mean.scores.items():
+            self._set(SCORES[name], score)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The test set was gone through."""

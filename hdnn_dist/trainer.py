@@ -21,7 +21,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from hdnn_dist.agent import Evaluation, Fault, StepResult, scores_of
+from hdnn_dist.agent import Evaluation, Fault, StepResult, averaged, scores_of
 from hdnn_dist.analysis import Sums
 from hdnn_dist.checkpoint import (
     Manifest,
@@ -46,7 +46,7 @@ from hdnn_dist.storage import MAX_TEXT, Place, read
 from hdnn_dist.topology import Topology
 from hdnn_dist.trace import Track, chrome
 from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Times, Worker, device_of, slowest
+from hdnn_dist.worker import Times, Worker, agreement_of, device_of, slowest
 
 log = logging.getLogger("hdnn_dist")
 SCORES = re.compile(r"(best_)?test_(accuracy|rmse|r2)")
@@ -176,10 +176,8 @@ class LocalRunner:
 
     def reform(self, job: Job) -> None:  # noqa: D102
         self.job = job
-        transport = InProcess(
-            job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
-        )
         agents = range(len(job.topology.agents))
+        transport = InProcess(agreement_of(job))
         self.worker = Worker(job, agents, transport, device=device_of(job, agents))
 
     def close(self) -> None:  # noqa: D102
@@ -529,19 +527,18 @@ class Trainer:
         )
 
     def _progress(self, step: int, results: Sequence[StepResult], seconds: float) -> Progress:
-        job = self.runner.job
-        samples = sum(r.samples for r in results)
+        job, mean = self.runner.job, averaged(results)
         return Progress(
             step=step,
             steps=job.steps,
             epoch=(step - 1) // job.steps_per_epoch + 1,
             epochs=job.spec.training.epochs,
-            loss=sum(r.loss for r in results) / len(results),
-            accuracy=_mean([None if r.correct is None else r.correct / r.samples for r in results]),
-            samples_per_second=samples / seconds,
+            loss=mean.loss,
+            accuracy=mean.accuracy,
+            samples_per_second=mean.samples / seconds,
             seconds_left=(job.steps - step) * seconds / len(results),
-            squares=_mean([r.squares for r in results]),
-            variance=_mean([r.variance for r in results]),
+            squares=mean.squares,
+            variance=mean.variance,
         )
 
     def _sent(self) -> int:
@@ -550,12 +547,6 @@ class Trainer:
     def _tell(self, event: str, *news: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*news)
-
-
-def _mean(numbers: Sequence[float | None]) -> float | None:
-    """None of those that are not there."""
-    there = [number for number in numbers if number is not None]
-    return sum(there) / len(there) if there else None
 
 
 def _best(job: Job, best: float) -> dict[str, float | None]:

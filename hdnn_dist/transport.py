@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -132,26 +133,36 @@ def drive(
     return {i: results[i] for i in agents}
 
 
-class InProcess:
-    """All agents share one process: a message is a reference.
+@dataclass(frozen=True)
+class Agreement:
+    """What all processes of a job take for granted of each other's messages.
 
-    Args:
+    Attributes:
         links: the pattern `S`; `S[i, l] = 1` if a message may go from `l` to `i`.
         names: the agents' names, for messages of error.
         dtype: of everything that agents send and receive.
         per_sample: in which numbers travel of which there is one a sample. If it is narrower, they
-            are rounded to it here too, so that numbers do not depend on who shares a process.
+            are rounded to it within a process too, so that numbers do not depend on who shares one.
+        job: the digest of all that they have agreed on.
     """
 
-    def __init__(
-        self,
-        links: BlockPattern,
-        names: Sequence[str],
-        dtype: torch.dtype,
-        per_sample: torch.dtype,
-    ) -> None:
-        self.links = frozenset((source, target) for target, source in links.entries)
-        self.names, self.dtype, self.per_sample = tuple(names), dtype, per_sample
+    links: BlockPattern
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    per_sample: torch.dtype
+    job: str
+
+
+class InProcess:
+    """All agents share one process: a message is a reference.
+
+    Args:
+        agreed: what their messages are like.
+    """
+
+    def __init__(self, agreed: Agreement) -> None:
+        self.links = frozenset((source, target) for target, source in agreed.links.entries)
+        self.names, self.dtype, self.per_sample = agreed.names, agreed.dtype, agreed.per_sample
         self._outgoing: dict[tuple[Round, int], _Outgoing] = {}
         self._besides: Counter[tuple[int, int]] = Counter()
         self.border: frozenset[int] = frozenset()
@@ -255,24 +266,14 @@ class Apart(InProcess):
     """Agents are spread over processes, which take the same rounds.
 
     Args:
-        links, names, dtype, per_sample: as in `InProcess`.
+        agreed: what their messages are like.
         host: per agent, the rank of the process that hosts it.
-        job: the digest of what all processes have agreed on.
         rank: of this process.
     """
 
-    def __init__(
-        self,
-        links: BlockPattern,
-        names: Sequence[str],
-        dtype: torch.dtype,
-        per_sample: torch.dtype,
-        host: Sequence[int],
-        job: str,
-        rank: int,
-    ) -> None:
-        super().__init__(links, names, dtype, per_sample)
-        self.host, self.job, self.rank = tuple(host), job[:12], rank
+    def __init__(self, agreed: Agreement, host: Sequence[int], rank: int) -> None:
+        super().__init__(agreed)
+        self.host, self.job, self.rank = tuple(host), agreed.job[:12], rank
         self._rounds = 0
 
     def hosted(self, *peers: int) -> str:
@@ -310,25 +311,15 @@ class PointToPoint(Apart):
     All is posted before anything is waited for, so that no order of processes can deadlock.
 
     Args:
-        links, names, dtype, per_sample, host, job, rank: as in `Apart`.
+        agreed, host, rank: as in `Apart`.
         far: the wire to the others.
 
     Attributes:
         near: the wire to those of the others that it has a socket to.
     """
 
-    def __init__(
-        self,
-        links: BlockPattern,
-        names: Sequence[str],
-        dtype: torch.dtype,
-        per_sample: torch.dtype,
-        host: Sequence[int],
-        job: str,
-        rank: int,
-        far: Wire,
-    ) -> None:
-        super().__init__(links, names, dtype, per_sample, host, job, rank)
+    def __init__(self, agreed: Agreement, host: Sequence[int], rank: int, far: Wire) -> None:
+        super().__init__(agreed, host, rank)
         self._far = far
         self.near: Sockets | None = None
         self._routes: dict[tuple[Round, int], _Route] = {}

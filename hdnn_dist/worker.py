@@ -30,13 +30,19 @@ from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.storage import Place
 from hdnn_dist.trace import Recorder, Track, watched
-from hdnn_dist.transport import InProcess, Result, Transport, drive
+from hdnn_dist.transport import Agreement, InProcess, Result, Transport, drive
 
 PARTS: tuple[Part, ...] = ("train", "test")
 EVAL_BATCH = 1000  # samples of one forward pass without a backward pass
 LITTLE = 0.1  # of the whole time
 ALIKE = 0.9  # of the time that the slowest takes, at which another is as slow
 log = logging.getLogger("hdnn_dist")
+
+
+def agreement_of(job: Job) -> Agreement:
+    """What all processes of a job take for granted of each other's messages."""
+    links, names = job.architecture.patterns.S, job.topology.names
+    return Agreement(links, names, job.dtype, job.message_dtype, job.digest)
 
 
 def device_of(job: Job, agents: Sequence[int]) -> torch.device:

@@ -31,6 +31,7 @@ from hdnn_dist.cluster import RayRunner
 from hdnn_dist.errors import LostError
 from hdnn_dist.job import Job
 from hdnn_dist.trainer import Listener, Progress, Runner
+from tests.processes import machine
 
 DEATHS = ("actor", "process", "raylet", "machine")  # a machine: a raylet and all below it at once
 STOPS = ("stopped process", "stopped machine")
@@ -100,10 +101,9 @@ class Killer(Listener):
             processes = [process]
             if not self.kind.endswith("process"):
                 self.nodes.remove(node)
-                [raylet] = node.all_processes["raylet"]
-                top = psutil.Process(raylet.process.pid)
-                alone = self.kind == "raylet"
-                processes = [top] if alone else [top, *top.children(recursive=True)]
+                processes = machine(node)
+                if self.kind == "raylet":
+                    del processes[1:]
             for each in processes:
                 each.send_signal(number)
             if number == signal.SIGSTOP:

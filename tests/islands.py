@@ -18,6 +18,8 @@ import psutil
 import pytest
 import ray
 
+from tests.processes import tree
+
 NETWORK, OTHER = "10.203.0", "10.204.0"  # the cluster's, and one that nothing is to use
 HEAD = f"{NETWORK}.1:6390"
 
@@ -110,19 +112,20 @@ class Hosts:
     def mend(self, k: int) -> None:
         """Plug them in again, where all other cores are taken; return when the host's is free.
 
-        A raylet that Ray had given up by then, or that still keeps the core for an actor that was
-        lost on it, is started anew.
+        That may take Ray as long as the host was cut off. A raylet that it had given up by then is
+        started anew.
         """
         for cable in 0, 1:
             ip("link", "set", f"hdnn{k}-{cable}", "up")
-        deadline = time.monotonic() + 10
-        while not (self.is_there(k) and ray.available_resources().get("CPU", 0) >= 1):
-            if time.monotonic() > deadline:
-                self._kill(k)
-                self.start(k)
-                wait_for(lambda: ray.available_resources().get("CPU", 0) >= 1)
-                break
-            time.sleep(0.2)
+
+        def free() -> bool:
+            return bool(ray.available_resources().get("CPU", 0) >= 1)
+
+        wait_for(lambda: free() or not self.is_there(k))
+        if not self.is_there(k):
+            self._kill(k)
+            self.start(k)
+            wait_for(free)
 
     def close(self) -> None:
         """Leave Ray and end it."""
@@ -139,8 +142,7 @@ class Hosts:
 
     def _kill(self, k: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            top = psutil.Process(self._daemons[k].pid)
-            for process in [top, *top.children(recursive=True)]:
+            for process in tree(self._daemons[k].pid):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self._daemons[k].wait()

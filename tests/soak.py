@@ -25,6 +25,7 @@ import hdnn_dist
 from hdnn_dist.cluster import RayRunner
 from hdnn_dist.job import Job
 from hdnn_dist.trainer import Listener, Progress, Runner
+from tests.processes import tree
 
 SAMPLES = 200  # of a run
 MAY_GROW = 2.0  # MB in the second half of a run, of each process
@@ -45,7 +46,7 @@ class Watch(Listener):
             for rank, actor in enumerate(runner._actors):
                 pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
                 self.processes[f"actor {rank}"] = psutil.Process(pid)
-            for process in psutil.Process().children(recursive=True):
+            for process in tree(os.getpid()):
                 if process.name() in ("raylet", "gcs_server"):
                     self.processes[process.name()] = process
 

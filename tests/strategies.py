@@ -22,6 +22,7 @@ from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.spec import Spec
 from hdnn_dist.tables import write_table
 from hdnn_dist.transport import InProcess
+from hdnn_dist.worker import agreement_of
 
 
 @st.composite
@@ -175,7 +176,7 @@ def in_order(architecture: Architecture, matrix: torch.Tensor) -> torch.Tensor:
 
 def in_process(job: Job, cls: type[InProcess] = InProcess) -> InProcess:
     """The transport of a job whose agents share a process."""
-    return cls(job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype)
+    return cls(agreement_of(job))
 
 
 # --- what is wrong -------------------------------------------------------------------------------

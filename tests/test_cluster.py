@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 import ray
 import torch
 from hypothesis import HealthCheck, given, settings
+from ray.util.placement_group import placement_group, remove_placement_group
 from torch import Tensor
 
 from hdnn_dist.actor import AgentActor, actor_class
@@ -436,7 +438,24 @@ def test_what_others_hold_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(PlacementError, match=r"held by other jobs .*; free: 0 of 2 CPU"):
         RayRunner(job)
     ray.kill(other)
-    assert not caplog.records
+    [record] = caplog.records
+    told = r"1 actors wait for the cluster: .* free: 0 of 2 CPU; from now on what is free will do"
+    assert re.fullmatch(told, record.getMessage())
+
+
+def test_agents_are_packed_for_the_core_that_is_free_when_the_other_does_not_come() -> None:
+    more = "topology.agents=4", "topology.edges.args.n=4", "cluster.timeout=4"
+    job = Job.load(None, [*TINY, *more, "cluster.agents_per_actor=auto"])
+    other = placement_group([{"CPU": 1}])
+    assert other.wait(10)
+    started = time.monotonic()
+    with contextlib.closing(RayRunner(job)) as runner:
+        assert time.monotonic() - started > 2
+        assert runner.packing == ((0, 1, 2, 3),)
+        runner.train(1)
+        remove_placement_group(other)
+        runner.reform(job)
+        assert len(runner.packing) == 2
 
 
 def test_on_this_machine_alone_a_job_that_does_not_fit_ends_without_waiting(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +84,17 @@ def test_the_commands_of_a_cluster_file_are_shell_and_pinned(name: str) -> None:
     for command in commands:
         subprocess.run(["bash", "-n", "-c", command], check=True)
     installs = [c for c in config["head_setup_commands"] if "hdnn/bin/pip install" in c]
-    assert (
-        'cd ~/hdnn_dist && ~/hdnn/bin/pip install -q -c constraints.txt ".[submit]"' in installs[0]
-    )
+    begin = "cd ~/hdnn_dist && ~/hdnn/bin/pip install -q -c constraints.txt "
+    first, *more = [shlex.split(c.removeprefix(begin), comments=True) for c in installs]
+    assert all(command.startswith(begin) for command in installs)
+    [extras] = [re.fullmatch(r"\.\[(.*)\]", package) for package in first]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert extras is not None
+    assert "submit" in (asked := set(extras[1].split(",")))
+    assert asked <= project["optional-dependencies"].keys()
+    pins = (ROOT / "constraints.txt").read_text()
+    for [package] in more:
+        assert ">=" in package or f"\n{package}==" in pins
     for there, here in config["file_mounts"].items():
         assert there == f"~/hdnn_dist/{here}" or there == here == "~/.ray/auth_token"
         assert here.startswith("~") or (ROOT / here).exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hdnn_dist.direct import Direct
 from hdnn_dist.errors import AgreementError, TransportError
 from hdnn_dist.job import Job
 from hdnn_dist.transport import Mail
-from hdnn_dist.worker import Worker
+from hdnn_dist.worker import Worker, agreement_of
 from tests.strategies import in_process
 
 HOST = (0, 1, 2, 0, 1, 2)  # of each agent, so that neighbours on the ring are apart
@@ -31,10 +32,8 @@ def a_job() -> Job:
 
 
 def direct(job: Job, name: str | None = None) -> Direct:
-    links, names = job.architecture.patterns.S, job.topology.names
-    return Direct(
-        links, names, job.dtype, job.message_dtype, HOST, name or job.digest, torch.device("cpu")
-    )
+    agreed = agreement_of(job)
+    return Direct(replace(agreed, job=name or agreed.job), HOST, torch.device("cpu"))
 
 
 def member(rank: int, folder: Path, action: str) -> None:
@@ -134,8 +133,7 @@ def on_gpus(rank: int, folder: Path) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
     dist.all_reduce(torch.zeros(1, device=device))
     job, host = a_job(), tuple(k % 2 for k in range(6))
-    links, names = job.architecture.patterns.S, job.topology.names
-    transport = Direct(links, names, job.dtype, job.message_dtype, host, job.digest, device)
+    transport = Direct(agreement_of(job), host, device)
     agents = [i for i in range(6) if host[i] == rank]
     results = Worker(job, agents, transport, device=device).train(3)
     if results:

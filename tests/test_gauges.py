@@ -6,16 +6,31 @@ import re
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
+import hdnn_dist
+from hdnn_dist import trainer
+from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.cluster import RayRunner
 from hdnn_dist.errors import few
-from hdnn_dist.gauges import EVERY, METRICS, ActorCounters, Metric
+from hdnn_dist.gauges import (
+    EVERY,
+    LOSS,
+    METRICS,
+    SCORES,
+    TEST_SCORES,
+    ActorCounters,
+    Metric,
+    RunGauges,
+)
 from hdnn_dist.job import Job
-from hdnn_dist.trainer import LocalRunner
+from hdnn_dist.trainer import Listener, LocalRunner, Progress
+from tests.strategies import numbers
 
 Sample = tuple[str, dict[str, str], float]
 TINY = ["topology.d=2", "model.layers=2", "cluster.agents_per_actor=4"]
@@ -86,6 +101,43 @@ def test_prometheus_is_served_every_figure_of_a_run(cluster: None) -> None:
         }
     finally:
         runner.close()
+
+
+def test_figures_of_targets_are_those_of_the_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "REPORT_EVERY", 1e9)  # several steps at a time, however slow
+    told: dict[Metric, float] = {}
+    roots: list[list[float]] = []
+
+    class Kept(RunGauges):
+        def __init__(self) -> None:
+            """Ray is not asked."""
+
+        def _set(self, metric: Metric, value: float) -> None:
+            told[metric] = value
+
+    class Watch(Listener):
+        def stepped(self, results: Sequence[StepResult], progress: Progress) -> None:
+            kept.trained(results, 1.0)
+            roots.append([r.scores["rmse"] for r in results])
+            assert {name: told[SCORES[name]] for name in ("rmse", "r2")} == progress.scores
+            assert told[SCORES["rmse"]] == pytest.approx(np.sqrt(np.mean(np.square(roots[-1]))))
+            assert told[LOSS] == progress.loss
+
+        def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+            kept.evaluated(evaluation)
+            assert {name: told[TEST_SCORES[name]] for name in ("rmse", "r2")} == evaluation.scores
+
+    kept = Kept()
+    topology = {"agents": 2, "d": 2, "edges": [["a1", "a2"]]}
+    training = {"batch_size": 5, "epochs": 3}
+    job = {"topology": topology, "model": {"layers": 1}, "data": numbers(), "training": training}
+    hdnn_dist.train(job, run=tmp_path / "run", local=True, listeners=[Watch()])
+    assert {metric.name for metric in told} == {
+        metric.name for metric in METRICS if not metric.counter and "accuracy" not in metric.name
+    } - {"hdnn_restarts"}
+    assert len(set(max(roots, key=len))) > 1  # else any mean of them would do
 
 
 @pytest.mark.cluster

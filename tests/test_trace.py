@@ -13,7 +13,7 @@ from hdnn_dist.job import Job
 from hdnn_dist.replicas import Replicas
 from hdnn_dist.trace import Recorder, Slice, Track, chrome, clock, clock_ahead
 from hdnn_dist.transport import InProcess, Mail
-from hdnn_dist.worker import Worker
+from hdnn_dist.worker import Worker, agreement_of
 from tests.strategies import in_process
 
 TINY = ["topology.agents=3", "topology.edges.args.n=3", "topology.d=2", "model.layers=2"]
@@ -77,10 +77,9 @@ def test_waiting_is_told_apart_from_sending_and_for_whom_it_is(now: list[float])
                 now[0] += seconds
             return mail
 
-    common = job.architecture.patterns.S, job.topology.names, job.dtype, job.dtype
     recorder = Recorder()
     recorder.step = 4
-    watched = recorder.transport(Slow(*common))
+    watched = recorder.transport(Slow(agreement_of(job)))
     watched.exchange(phase, {(0, 1): torch.zeros(1, 1)}, 1)
     watched.exchange(phase, {}, 1)  # nobody here takes part: nothing is told of it
     assert recorder.slices == [

@@ -23,9 +23,9 @@ from hdnn_dist.node import Exchange
 from hdnn_dist.reader import spec_from_dict
 from hdnn_dist.sparsity import BlockPattern
 from hdnn_dist.trainer import LocalRunner
-from hdnn_dist.transport import InProcess, Mail, PointToPoint, Staged, _Route, drive
+from hdnn_dist.transport import Agreement, InProcess, Mail, PointToPoint, Staged, _Route, drive
 from hdnn_dist.wires import SPARE, STAMP, Frame, Gloo, Sockets, connect
-from hdnn_dist.worker import Worker
+from hdnn_dist.worker import Worker, agreement_of
 
 phase = Round("states", (Message(0, 1, 2),))
 links = BlockPattern.of(3, [(0, 0), (1, 0), (1, 1), (2, 2)])  # 1 may hear from 0, not 0 from 1
@@ -33,8 +33,17 @@ NAMES = ("ann", "ben", "eve")
 TIMEOUT = 3.0  # seconds
 
 
+def agreed(
+    links: BlockPattern = links,
+    per_sample: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+    job: str = "job",
+) -> Agreement:
+    return Agreement(links, NAMES, dtype, per_sample, job)
+
+
 def in_process(per_sample: torch.dtype = torch.float32) -> InProcess:
-    return InProcess(links, NAMES, torch.float32, per_sample)
+    return InProcess(agreed(per_sample=per_sample))
 
 
 def test_a_message_arrives_and_is_counted() -> None:
@@ -141,7 +150,7 @@ def test_agents_are_resumed_in_their_own_rounds_alone() -> None:
     first, second = (Round(f"{s} to {t}", (Message(s, t, 1),)) for s, t in ((2, 1), (1, 0)))
     agents = {0: agent(0, second), 1: agent(1, first, second), 2: agent(2, first)}
     pattern = BlockPattern.of(3, [(1, 2), (0, 1)])
-    transport = Recorder(pattern, NAMES, torch.float32, torch.float32)
+    transport = Recorder(agreed(pattern))
     assert drive(agents, transport, 3, [first, second]) == {0: 3.0, 1: 3.0, 2: 2.0}
     assert seen == ["2 to 1", 1, 2, "1 to 0", 0, 1]
 
@@ -164,9 +173,8 @@ def test_what_leaves_the_process_is_on_its_way_before_the_others_compute() -> No
 
     both = Round("states", (Message(0, 1, 1), Message(1, 2, 1)))
     pattern = BlockPattern.of(3, [(1, 0), (2, 1)])
-    common = pattern, NAMES, torch.float32, torch.float32, (0, 0, 1), "job", 0
     agents = {i: agent(i, torch.full((1, 1), 10.0 * i)) for i in (0, 1)}
-    drive(agents, PointToPoint(*common, Recorder()), 1, [both, both])
+    drive(agents, PointToPoint(agreed(pattern), (0, 0, 1), 0, Recorder()), 1, [both, both])
     first, second = (["ben", f"to 1: [[{x}]]", "ann", "waits"] for x in (10.0, 11.0))
     assert seen == first + second
 
@@ -177,7 +185,7 @@ def test_what_leaves_the_process_goes_by_host_memory() -> None:
 
     class Wire(PointToPoint):
         def __init__(self) -> None:
-            InProcess.__init__(self, links, NAMES, torch.float32, torch.float32)
+            InProcess.__init__(self, agreed())
             self.host, self.rank = (0, 1, 0), 0
 
         def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
@@ -201,8 +209,7 @@ def mixed(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     group(rank, dist.FileStore(str(folder / "meeting"), 3))
     job, host = mixed_job(), (0, 1, 2, 0, 1, 2)
-    common = job.architecture.patterns.S, job.topology.names, job.dtype, job.message_dtype
-    wired = PointToPoint(*common, host, job.digest, rank, Gloo())
+    wired = PointToPoint(agreement_of(job), host, rank, Gloo())
     agents = [i for i, own in enumerate(host) if own == rank]
     on_device = rank == 1
     worker = Worker(job, agents, Staged(wired, CPU) if on_device else wired)
@@ -250,7 +257,7 @@ Action = Callable[[Near], object]
 
 
 def transport(near: Near, job: str = "job", dtype: torch.dtype = torch.float32) -> PointToPoint:
-    made = PointToPoint(links, NAMES, dtype, dtype, (0, 1, 2), job, dist.get_rank(), Gloo())
+    made = PointToPoint(agreed(links, dtype, dtype, job), (0, 1, 2), dist.get_rank(), Gloo())
     made.near = near
     return made
 
@@ -280,7 +287,7 @@ def out_of_step(near: Near) -> None:
 
 def of_others(near: Near) -> None:
     eve_too, only = Round("states", (Message(2, 1, 2),)), BlockPattern.of(3, [(1, 2)])
-    sender = PointToPoint(only, NAMES, torch.float32, torch.float32, (1, 1, 0), "job", 0, Gloo())
+    sender = PointToPoint(agreed(only), (1, 1, 0), 0, Gloo())
     sender.near = near
     sender.exchange(eve_too, {(2, 1): MAIL[0, 1]}, 3)
 
