@@ -328,6 +328,7 @@ def test_a_stopped_actor_is_named_and_not_those_who_wait_for_it(path: RayRunner)
     assert time.monotonic() - started < 1 + 5
 
 
+@pytest.mark.chaos
 def test_a_stopped_actor_that_nobody_waits_for_is_noticed() -> None:
     job = Job.load(None, [*TINY, "cluster.agents_per_actor=8", "cluster.timeout=5"])
     runner = RayRunner(job)
@@ -343,6 +344,7 @@ def test_a_stopped_actor_that_nobody_waits_for_is_noticed() -> None:
         runner.close()
 
 
+@pytest.mark.chaos
 def test_a_run_goes_on_without_an_actor_that_died_and_with_it_again(tmp_path: Path) -> None:
     changes = ["topology.agents=4", "topology.edges.args.n=4", "cluster.on_agent_loss=drop"]
     changes += ["data.train_samples=64", "training.batch_size=16", "training.epochs=9"]
@@ -443,6 +445,7 @@ def test_what_others_hold_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert re.fullmatch(told, record.getMessage())
 
 
+@pytest.mark.chaos
 def test_agents_are_packed_for_the_core_that_is_free_when_the_other_does_not_come() -> None:
     more = "topology.agents=4", "topology.edges.args.n=4", "cluster.timeout=4"
     job = Job.load(None, [*TINY, *more, "cluster.agents_per_actor=auto"])
