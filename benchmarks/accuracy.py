@@ -133,6 +133,7 @@ def by_ray_train(job: hdnn_dist.Job) -> Iterator[Epoch]:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    ray.init(address="local")  # else it joins whatever Ray ran here last
     with TemporaryDirectory() as folder:
         TorchTrainer(
             _ray_train_worker,
