@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from engine import SIZES, Size, contestants
-from timing import machine
+from timing import Call, alternated, machine, product_rate
 
 from hdnn_dist.capture import Captured, cuda_graph
 from hdnn_dist.cost import work_of
@@ -37,27 +36,12 @@ STACKS = {name: SIZES[name] for name in ("16x64x125", "128x16x128", "256x8x512")
     "8192x4x2048": Size(8192, 4, 2048, agents=64, with_reference=False),
 }
 AGENTS = ((16, 256), (16, 4096), (64, 1024), (256, 4096))  # d, batch
-Call = Callable[[], object]
 
 
-def timed(calls: Mapping[str, Call], turns: int, each: int) -> dict[str, float]:
-    """The median wall seconds of each call over so many turns of `each` calls, alternated."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns + 1):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(each):
-                call()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / each)
-    return {name: median(seconds[1:]) for name, seconds in times.items()}
-
-
-def rate() -> float:
-    """Floating-point operations a second of a large product, as measured now."""
-    A, B = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
-    return 2 * 8192**3 / timed({"mm": lambda: A @ B}, 5, 4)["mm"]
+def clock() -> float:
+    """Seconds by the wall when all that was launched is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def stacks(turns: int, peak: float) -> None:
@@ -74,8 +58,9 @@ def stacks(turns: int, peak: float) -> None:
         first = next(iter(found.values()))
         errors = {key: float((x - first).norm() / first.norm()) for key, x in found.items()}
         del found, first
-        eager = timed(calls, turns, 3)
-        graphs = timed({key: cuda_graph(call) for key, call in calls.items()}, turns, 10)
+        eager = alternated(calls, turns, clock, 3)
+        recorded = {key: cuda_graph(call) for key, call in calls.items()}
+        graphs = alternated(recorded, turns, clock, 10)
         density = size.pattern.nnz / size.pattern.size**2
         for key, seconds in graphs.items():
             ratio = f"{graphs['masked'] / seconds:.2f}" if "masked" in graphs else "-"
@@ -85,7 +70,7 @@ def stacks(turns: int, peak: float) -> None:
                 f"| {seconds / graphs['dense'] / density:.2f} | {errors[key]:.0e} |",
                 flush=True,
             )
-        del calls
+        del calls, recorded
         torch.cuda.empty_cache()
 
 
@@ -113,7 +98,7 @@ def agents(data_dir: Path, turns: int, peak: float) -> None:
         calls["GPU, graph"] = partial(step, worker, captured)
         calls["of it, drawing"] = partial(draw, worker)
         calls["of it, the graph"] = captured._replay
-        times = timed(calls, turns, 4)
+        times = alternated(calls, turns, clock, 4)
         flops = sum(f * n for work in work_of(worker.job) for f, n in work.products.items())
         for name, seconds in times.items():
             share = f"{flops / seconds / peak:.1%}" if name.startswith("GPU") else "-"
@@ -147,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if o.tf32:
         torch.set_float32_matmul_precision("high")
     torch.set_num_threads(1)
-    peak = rate()
+    with torch.device("cuda"):
+        peak = product_rate(8192, 5, clock)
     print(
         f"{torch.cuda.get_device_name()}; {machine()}; float32{' by TF32' * o.tf32}; "
         f"product of 8192: {peak / 1e12:.1f} TFLOP/s; medians of {o.turns} turns\n"
