@@ -37,7 +37,8 @@ class Slice(NamedTuple):
         step: from 1.
         start, seconds: on this process's `time.perf_counter`.
         agent: who computed.
-        peer: the rank of the process that was waited for longest, where that is known.
+        peer: the rank of the process that was waited for longest; None where that is not known, and
+            where all had come already and was but taken in.
     """
 
     kind: str
@@ -160,7 +161,8 @@ class _Recorded:
         started, before, waited = time.perf_counter(), self.waited_for, self.waited
         arrived = self._inner.exchange(phase, mail, batch)
         longer = {peer: s - before.get(peer, 0.0) for peer, s in self.waited_for.items()}
-        peer = max(longer, key=longer.__getitem__, default=None)
+        slept = [peer for peer, seconds in longer.items() if seconds > 0]
+        peer = max(slept, key=longer.__getitem__, default=None)
         if mail or arrived:
             self._recorder.exchanged(phase.name, started, self.waited - waited, peer)
         return arrived

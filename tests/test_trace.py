@@ -61,6 +61,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_waiting_is_told_apart_from_sending_and_for_whom_it_is(now: list[float]) -> None:
     job = Job.load(None, TINY)
     phase = job.plan.training_step[0]
+    sleeps: list[dict[int, float]] = []
 
     class Slow(InProcess):
         waits: ClassVar[defaultdict[int, float]] = defaultdict(float)
@@ -71,20 +72,28 @@ def test_waiting_is_told_apart_from_sending_and_for_whom_it_is(now: list[float])
 
         def exchange(self, phase: object, mail: Mail, batch: int) -> Mail:
             now[0] += 1.0
-            for peer, seconds in (1, 2.0), (2, 5.0):
+            for peer, seconds in sleeps.pop(0).items():
                 self.waits[peer] += seconds
                 self.waited += seconds
                 now[0] += seconds
+            self.waited += 0.5  # to take in what has come
+            now[0] += 0.5
             return mail
 
     recorder = Recorder()
     recorder.step = 4
     watched = recorder.transport(Slow(agreement_of(job)))
-    watched.exchange(phase, {(0, 1): torch.zeros(1, 1)}, 1)
+    sleeps += {}, {1: 2.0, 2: 5.0}, {}, {1: 1.0}
+    for _ in range(3):
+        watched.exchange(phase, {(0, 1): torch.zeros(1, 1)}, 1)
     watched.exchange(phase, {}, 1)  # nobody here takes part: nothing is told of it
     assert recorder.slices == [
         Slice("send", "states", 4, 100.0, 1.0),
-        Slice("wait", "states", 4, 101.0, 7.0, None, 2),
+        Slice("wait", "states", 4, 101.0, 0.5, None, None),  # nobody was ever slept for
+        Slice("send", "states", 4, 101.5, 1.0),
+        Slice("wait", "states", 4, 102.5, 7.5, None, 2),
+        Slice("send", "states", 4, 110.0, 1.0),
+        Slice("wait", "states", 4, 111.0, 0.5, None, None),  # nor now
     ]
 
 
