@@ -553,9 +553,9 @@ def shift_images(x_BF: Array, image: tuple[int, int], shifts_B2: Ints, fill: flo
     agent moves its own part, and no pixel crosses between agents.
     """
     height, width = image
-    rows = np.arange(height) - shifts_B2[:, :1]
-    cols = np.arange(width) - shifts_B2[:, 1:]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None]
-    source = (rows % height * width)[:, :, None] + (cols % width)[:, None]
-    moved = np.take_along_axis(x_BF, source.reshape(x_BF.shape), axis=1)
-    return np.where(inside.reshape(x_BF.shape), moved, x_BF.dtype.type(fill))
+    m = min(int(np.abs(shifts_B2).max(initial=0)), max(image))
+    framed = np.full((len(x_BF), height + 2 * m, width + 2 * m), fill, x_BF.dtype)
+    framed[:, m : m + height, m : m + width] = x_BF.reshape(-1, height, width)
+    windows = np.lib.stride_tricks.sliding_window_view(framed, image, axis=(1, 2))
+    top, left = (m - np.clip(shifts_B2, -m, m)).T
+    return windows[np.arange(len(x_BF)), top, left].reshape(x_BF.shape)
