@@ -4,11 +4,11 @@
 
 The stack is that of `benchmarks/engine.py`, launched operation by operation and as a CUDA graph.
 The agents are those of `topologies/mnist-grid16.yaml`, with other sizes and batches, on the CPU and
-on the GPU, there operation by operation and with forward and backward pass as a CUDA graph, which
-is how they run; `--only` is for one of the two. Errors are of the cotangent of the first state,
-against the first formulation. Products are in float32 without TF32; `--tf32` is for the other case.
-Rates count the operations on non-zero blocks against a large product of the same type on the same
-GPU.
+on the GPU, there operation by operation and with forward and backward pass as a CUDA graph: one
+agent after the other, and side by side, which is how they run. `--only` is for one of the two.
+Errors are of the cotangent of the first state, against the first formulation. Products are in
+float32 without TF32; `--tf32` is for the other case. Rates count the operations on non-zero blocks
+against a large product of the same type on the same GPU.
 """
 
 from __future__ import annotations
@@ -87,17 +87,21 @@ def agents(data_dir: Path, turns: int, peak: float) -> None:
         worker, calls = runner("cuda").worker, dict[str, Call]()
         worker.load_data()
         assert isinstance(worker.transport, InProcess)
+        rounds, graphs = worker.job.plan.differentiation, dict[str, Captured]()
         with torch.no_grad():
-            rounds = worker.job.plan.differentiation
-            captured = Captured(worker.agents, worker.transport, rounds, step=0)
+            for how, side_by_side in ("in turn", False), ("side by side", True):
+                graphs[how] = Captured(
+                    worker.agents, worker.transport, rounds, step=0, side_by_side=side_by_side
+                )
         if d * d * batch <= 16 * 16 * 4096:
             on_cpu = runner("cpu").worker
             on_cpu.load_data()
             calls["CPU, 1 thread"] = partial(on_cpu.train, 1)
         calls["GPU, one by one"] = partial(step, worker, None)
-        calls["GPU, graph"] = partial(step, worker, captured)
-        calls["of it, drawing"] = partial(draw, worker)
-        calls["of it, the graph"] = captured._replay
+        for how, captured in graphs.items():
+            calls[f"GPU, graph, {how}"] = partial(step, worker, captured)
+            calls[f"of it, the graph, {how}"] = captured._replay
+        calls["drawing, meanwhile"] = partial(draw, worker)
         times = alternated(calls, turns, clock, 4)
         flops = sum(f * n for work in work_of(worker.job) for f, n in work.products.items())
         for name, seconds in times.items():
@@ -116,7 +120,7 @@ def step(worker: Worker, captured: Captured | None) -> None:
 
 
 def draw(worker: Worker) -> None:
-    """Bring a batch of all agents to their device."""
+    """Have all agents draw a batch."""
     for agent in worker.agents.values():
         agent.draw(1)
 

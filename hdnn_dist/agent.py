@@ -295,19 +295,22 @@ class Agent:
             place = self.share.start, self.job.batch
             part = self._distortion(self.images()[index], training.seed, step, *place)
             x = torch.from_numpy(scaled(name, part.numpy())).to(self.job.dtype)
-            return x.T.to(self.device)
+            return x.T
         x = self.features("train").index_select(0, index)  # five times as fast as [index]
         if training.shift and self.view.image is not None:
             moves = shifts(training.seed, step, self.job.batch, training.shift)[self.share]
             fill = background(name)
             x = torch.from_numpy(shift_images(x.numpy(), self.view.image, moves, fill))
-        return x.T.to(self.device)
+        return x.T
 
     def draw(self, step: int) -> list[Tensor]:
-        """Own share of a step, which counts from 0: inputs, and the labels if they are here."""
+        """Own share of a step, which counts from 0: inputs, and the labels if they are here.
+
+        In host memory, whatever the agent computes on.
+        """
         index = self._batch(step)
         drawn = [self._inputs(step, index)]
-        return [*drawn, self.labels("train")[index].to(self.device)] if self.finishes else drawn
+        return [*drawn, self.labels("train")[index]] if self.finishes else drawn
 
     # --- what an agent does --------------------------------------------------------------------
 
@@ -316,7 +319,7 @@ class Agent:
 
         What it leaves in `summands` is to be summed over the copies of the agent before `update`.
         """
-        yield from self.propagate(*self.draw(step), watch=True)
+        yield from self.propagate(*(x.to(self.device) for x in self.draw(step)), watch=True)
         if self._first_state is not None:  # other copies are to know, whatever the gradients are
             for gradient in self.node.gradients.values():
                 gradient.fill_(math.nan)

@@ -558,4 +558,5 @@ def shift_images(x_BF: Array, image: tuple[int, int], shifts_B2: Ints, fill: flo
     framed[:, m : m + height, m : m + width] = x_BF.reshape(-1, height, width)
     windows = np.lib.stride_tricks.sliding_window_view(framed, image, axis=(1, 2))
     top, left = (m - np.clip(shifts_B2, -m, m)).T
-    return windows[np.arange(len(x_BF)), top, left].reshape(x_BF.shape)
+    moved: Array = windows[np.arange(len(x_BF)), top, left]
+    return moved.reshape(x_BF.shape)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from hdnn_dist.errors import few
 from hdnn_dist.exchange import Round
 from hdnn_dist.node import Exchange
 from hdnn_dist.replicas import Replicas
-from hdnn_dist.transport import Mail, Transport
+from hdnn_dist.transport import Mail, Relay, Transport
 
 Result = TypeVar("Result")
 PINGS = 8  # of which the fastest tells best how far apart two clocks are
@@ -132,34 +131,22 @@ class Recorder:
             self.slices.append(Slice("wait", what, self.step, started + sent, waited, None, peer))
 
 
-class _Recorded:
+class _Recorded(Relay):
     """See `Recorder.transport`."""
 
     def __init__(self, inner: Transport, recorder: Recorder) -> None:
-        self._inner, self._recorder = inner, recorder
-        self.names, self.border = inner.names, inner.border
-
-    @property
-    def sent(self) -> Counter[tuple[int, int]]:
-        return self._inner.sent
-
-    @property
-    def waited(self) -> float:
-        return self._inner.waited
-
-    @property
-    def waited_for(self) -> dict[int, float]:
-        return self._inner.waited_for
+        super().__init__(inner)
+        self._recorder = recorder
 
     def post(self, phase: Round, mail: Mail, batch: int) -> None:
         started = time.perf_counter()
-        self._inner.post(phase, mail, batch)
+        super().post(phase, mail, batch)
         if mail:
             self._recorder.exchanged(phase.name, started, 0.0)
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
         started, before, waited = time.perf_counter(), self.waited_for, self.waited
-        arrived = self._inner.exchange(phase, mail, batch)
+        arrived = super().exchange(phase, mail, batch)
         longer = {peer: s - before.get(peer, 0.0) for peer, s in self.waited_for.items()}
         slept = [peer for peer, seconds in longer.items() if seconds > 0]
         peer = max(slept, key=longer.__getitem__, default=None)

@@ -202,10 +202,15 @@ class InProcess:
         """The type of the numbers of a round on their way."""
         return phase.travels_as(self.per_sample, self.dtype)
 
+    def is_rounded(self, phase: Round) -> bool:
+        """Whether that is another type than agents compute with."""
+        return self.travels_as(phase) != self.dtype
+
     def _delivered(self, phase: Round, mail: Mail) -> Mail:
         """Mail that stays in this process, as it arrives."""
-        if (narrow := self.travels_as(phase)) == self.dtype:
+        if not self.is_rounded(phase):
             return mail
+        narrow = self.travels_as(phase)
         sent = {id(tensor): tensor for tensor in mail.values()}  # one may go to several agents
         came = {key: tensor.to(narrow).to(self.dtype) for key, tensor in sent.items()}
         return {link: came[id(tensor)] for link, tensor in mail.items()}
@@ -425,7 +430,34 @@ class PointToPoint(Apart):
         )
 
 
-class Staged:
+class Relay:
+    """A transport that has another do what it does not do itself."""
+
+    def __init__(self, inner: Transport) -> None:
+        self._inner = inner
+        self.names, self.border = inner.names, inner.border
+
+    @property
+    def sent(self) -> Counter[tuple[int, int]]:
+        """See `Transport`; so too below."""
+        return self._inner.sent
+
+    @property
+    def waited(self) -> float:  # noqa: D102
+        return self._inner.waited
+
+    @property
+    def waited_for(self) -> dict[int, float]:  # noqa: D102
+        return self._inner.waited_for
+
+    def post(self, phase: Round, mail: Mail, batch: int) -> None:  # noqa: D102
+        self._inner.post(phase, mail, batch)
+
+    def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:  # noqa: D102
+        return self._inner.exchange(phase, mail, batch)
+
+
+class Staged(Relay):
     """Agents here are on a device, and what they send to other processes goes by host memory.
 
     Args:
@@ -434,25 +466,10 @@ class Staged:
     """
 
     def __init__(self, inner: PointToPoint, device: torch.device) -> None:
+        super().__init__(inner)
         self.inner, self.device = inner, device
-        self.names = inner.names
-        self.border: frozenset[int] = frozenset()
+        self.border = frozenset()
         self._here = {i for i, rank in enumerate(inner.host) if rank == inner.rank}
-
-    @property
-    def sent(self) -> Counter[tuple[int, int]]:
-        """See `Transport`."""
-        return self.inner.sent
-
-    @property
-    def waited(self) -> float:
-        """See `Transport`."""
-        return self.inner.waited
-
-    @property
-    def waited_for(self) -> dict[int, float]:
-        """See `Transport`."""
-        return self.inner.waited_for
 
     def post(self, phase: Round, mail: Mail, batch: int) -> None:
         """See `Transport`."""
