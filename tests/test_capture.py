@@ -6,8 +6,11 @@ mix its tensors with others, or to wait for it, is an error, as it is in the rec
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,12 +22,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hdnn_dist import node
 from hdnn_dist.agent import Agent
 from hdnn_dist.architecture import Architecture
-from hdnn_dist.capture import Captured, cuda_graph
+from hdnn_dist.capture import Captured, _Streams, cuda_graph
+from hdnn_dist.exchange import Round
 from hdnn_dist.job import Job
-from hdnn_dist.transport import InProcess
-from hdnn_dist.worker import Worker
+from hdnn_dist.node import Exchange
+from hdnn_dist.transport import InProcess, Mail, drive
+from hdnn_dist.worker import Worker, agreement_of
 from tests.strategies import in_process
 
+CPU = torch.device("cpu")
 SETTINGS = (
     *("model.layers=2", "topology.d=2", "training.dtype=float64", "training.batch_size=16"),
     *("training.shift=1", "training.clip_norm=0.5", "data.train_samples=100"),
@@ -104,6 +110,136 @@ def test_what_cannot_be_recorded_is_taken_one_by_one(
     at_once._may_capture = True
     assert at_once.train(2) == one.train(2)
     assert caplog.text.count("not recorded as a CUDA graph: it waits for the device") == 1
+
+
+# --- streams that are made up ---------------------------------------------------------------------
+
+
+class Stream:
+    """Computes nothing, but knows how much of each stream has surely been done before what is next.
+
+    Attributes:
+        before: by stream, how many pieces of work; of itself, how many it has been given.
+    """
+
+    current: ClassVar[Stream]
+
+    def __init__(self) -> None:
+        self.before: Counter[Stream] = Counter()
+
+    def record_event(self) -> Counter[Stream]:
+        return self.before.copy()
+
+    def wait_event(self, event: Counter[Stream]) -> None:
+        self.before |= event
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+    def work(self) -> None:
+        self.before[self] += 1
+
+    def follows(self, done: tuple[Stream, int]) -> bool:
+        stream, count = done
+        return self.before[stream] >= count
+
+
+class Uses:
+    """Sees that messages are read when they are there, and their memory free when they are read."""
+
+    def __init__(self) -> None:
+        self.written: dict[int, tuple[Stream, int]] = {}  # by message
+        self.reads: dict[int, list[tuple[Stream, int]]] = {}
+        self.early: list[str] = []  # which must not be
+        self.freed = 0
+
+    def _now(self) -> tuple[Stream, int]:
+        return Stream.current, Stream.current.before[Stream.current]
+
+    def write(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) not in self.written:
+                self.written[id(tensor)], self.reads[id(tensor)] = self._now(), []
+                weakref.finalize(tensor, self._free, id(tensor))
+
+    def read(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self.reads[id(tensor)].append(self._now())
+            if not Stream.current.follows(self.written[id(tensor)]):
+                self.early.append("read before it was there")
+
+    def _free(self, key: int) -> None:
+        self.freed += 1
+        maker, reads = self.written.pop(key)[0], self.reads.pop(key)
+        if not all(maker.follows(done) for done in reads):
+            self.early.append("free before it was read")
+
+    def of(self, action: Exchange[None]) -> Exchange[None]:
+        inbox: dict[int, torch.Tensor] = {}
+        request = next(action)
+        while True:
+            Stream.current.work()
+            self.read(inbox.values())
+            self.write(request[1].values())
+            inbox = yield request
+            try:
+                request = action.send(inbox)
+            except StopIteration:
+                Stream.current.work()
+                self.read(inbox.values())
+                return
+
+
+@pytest.mark.parametrize("messages", ["full", "bf16"])
+@pytest.mark.parametrize("more", [(), ("model.graph=both", "model.train_J=true")])
+@pytest.mark.parametrize("fault", [None, "wait_event", "_held"])
+def test_streams_wait_for_messages_and_memory_for_those_who_read_them(
+    monkeypatch: pytest.MonkeyPatch, messages: str, more: tuple[str, ...], fault: str | None
+) -> None:
+    uses, of = Uses(), worker(CPU, f"training.messages={messages}", *more)
+
+    class Watched(InProcess):
+        def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:
+            if self.is_rounded(phase):
+                Stream.current.work()
+                uses.read(mail.values())
+            arrived = super().exchange(phase, mail, batch)
+            uses.write(arrived.values())
+            return arrived
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, Stream.current = Stream.current, stream
+        yield
+        Stream.current = before
+
+    Stream.current = everyone = Stream()
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: Stream.current)
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.stream", on)
+    if fault == "wait_event":
+        monkeypatch.setattr(Stream, "wait_event", lambda *_: None)
+    elif fault == "_held":
+        nothing = property(lambda _: {}, lambda *_: None)
+        monkeypatch.setattr(_Streams, "_held", nothing, raising=False)
+    with torch.no_grad():
+        actions = {i: a.propagate(*a.draw(0)) for i, a in of.agents.items()}
+        streams = _Streams(
+            Watched(agreement_of(of.job)), {i: uses.of(action) for i, action in actions.items()}
+        )
+        drive(streams.actions, streams, 16, of.job.plan.differentiation)
+        streams.join()
+    assert uses.freed > 100
+    assert (
+        sorted(set(uses.early))
+        == {
+            None: [],
+            "wait_event": ["free before it was read", "read before it was there"],
+            "_held": ["free before it was read"],
+        }[fault]
+    )
+    if fault is None:
+        assert all(everyone.follows((s, s.before[s])) for s in streams._own.values())
 
 
 # --- a device that is made up --------------------------------------------------------------------
