@@ -50,6 +50,7 @@ __all__ = [
     "Part",
     "View",
     "background",
+    "classes_of",
     "describe",
     "ensure_available",
     "epoch_order",
@@ -160,6 +161,11 @@ def describe(spec: DataSpec) -> DataInfo:
                 f"give at most {there}, or leave it out to use all",
             )
     return replace(info, train=train, test=test)
+
+
+def classes_of(spec: DataSpec) -> tuple[str, ...]:
+    """What the classes are called, in order: as a table's owner names them, else by number."""
+    return class_names(spec) or tuple(map(str, range(describe(spec).classes)))
 
 
 def _check_targets(spec: DataSpec) -> None:

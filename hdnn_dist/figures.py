@@ -59,6 +59,7 @@ POINTS = 300  # of a curve at most
 DOTS = 2000  # of a cloud at most
 _FLOOR, _CEILING = 1e-200, 1e200  # what is lower or higher is drawn at these
 _RC: dict[Any, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": LIGHT["soft"],
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -382,8 +383,14 @@ def times(name: str, agents: Sequence[str], seconds: Sequence[Sequence[float]]) 
 # --- right and wrong -----------------------------------------------------------------------------
 
 
-def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
-    """How often samples of each class (rows) were taken for each class (columns)."""
+def confusion(name: str, counts: npt.NDArray[np.int64], classes: Sequence[str]) -> Chart:
+    """How often samples of each class (rows) were taken for each class (columns).
+
+    Args:
+        name: of the chart.
+        counts: of samples.
+        classes: what they are called.
+    """
     C, total = len(counts), int(counts.sum())
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
@@ -410,7 +417,11 @@ def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
                 va="center",
                 fontsize=8 if total < 10_000 else 7,
             )
-        axes.set(xlabel="taken for", ylabel="is", xticks=range(C), yticks=range(C))
+        said = [f"{called[:15]}…" if len(called) > 16 else called for called in classes]
+        upright = C * max(map(len, said)) > 40  # names that would run into one another
+        axes.set_xticks(range(C), said, rotation=90 if upright else 0)
+        axes.set_yticks(range(C), said)
+        axes.set(xlabel="taken for", ylabel="is")
 
     right = int(np.trace(counts))
     recall = np.diag(share)
@@ -418,12 +429,15 @@ def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:5]
     pairs = [(int(k) // C, int(k) % C) for k in order if wrong.flat[k]]
-    mistakes = ", ".join(f"{i} taken for {j} ({wrong[i, j]})" for i, j in pairs) or "none"
+    mistakes = (
+        ", ".join(f"{classes[i]} taken for {classes[j]} ({wrong[i, j]})" for i, j in pairs)
+        or "none"
+    )
     title = "Confusion matrix"
     alt = (
         f"{title} of {total} test samples, {right} of them right ({right / total:.2%}). Class "
-        f"{worst} is recognised least often ({recall[worst]:.1%}). Most frequent mistakes: "
-        f"{mistakes}."
+        f"{classes[worst]} is recognised least often ({recall[worst]:.1%}). Most frequent "
+        f"mistakes: {mistakes}."
     )
     return chart(name, title, alt, draw, (4.3, 4.0))
 

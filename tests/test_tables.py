@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,7 +119,12 @@ def test_a_table_is_trained_evaluated_predicted_shown_and_exported(
         assert hdnn(*command) == 0, command
     rows = [line.split(",") for line in capsys.readouterr().out.splitlines()[-50:]]
     assert np.mean([int(row[1]) for row in rows] == y[100:]) > 0.9
-    told = json.loads((tmp_path / "run" / "export" / "model.json").read_text())["input"]
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert re.search(r"Most frequent mistakes: (virginica|versicolor|setosa) taken for [vs]", page)
+    assert re.search(r"^(virginica|versicolor), taken for (virginica|versicolor) \(", page, re.M)
+    exported = json.loads((tmp_path / "run" / "export" / "model.json").read_text())
+    assert exported["output"]["classes"] == CLASSES
+    told = exported["input"]
     features = torch.from_numpy((x[100:] - told["mean"]) / told["std"]).float()
     program = torch.export.load(tmp_path / "run" / "export" / "model.pt2").module()
     assert program(features).argmax(1).tolist() == [int(row[1]) for row in rows]
