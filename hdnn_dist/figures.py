@@ -53,7 +53,7 @@ DARK = {
 }
 SERIES = [name for name in LIGHT if name.startswith("c")]
 STYLES = ("-", "--", "-.", ":")
-SHOWN = 64  # agents up to which a figure says who they are
+SHOWN = 64  # agents, or classes, up to which a figure says who they are
 LISTED = 16  # agents up to which alternative text says the time of all
 POINTS = 300  # of a curve at most
 DOTS = 2000  # of a cloud at most
@@ -393,15 +393,14 @@ def confusion(name: str, counts: npt.NDArray[np.int64], classes: Sequence[str]) 
     """
     C, total = len(counts), int(counts.sum())
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    many = C > SHOWN
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
         axes.set_aspect("equal")
         axes.set(xlim=(-0.5, C - 0.5), ylim=(C - 0.5, -0.5))
-        for true, taken in np.ndindex(C, C):
-            if not counts[true, taken]:
-                continue
+        for true, taken in np.argwhere(counts):
             colour = LIGHT["c2" if true == taken else "c1"]
             # A single mistake has to be seen.
             alpha = 0.15 + 0.45 * float(share[true, taken])
@@ -409,6 +408,8 @@ def confusion(name: str, counts: npt.NDArray[np.int64], classes: Sequence[str]) 
             axes.add_patch(
                 Rectangle(corner, 0.94, 0.94, facecolor=colour, alpha=alpha, linewidth=0)
             )
+            if many:
+                continue
             axes.text(
                 taken,
                 true,
@@ -417,11 +418,14 @@ def confusion(name: str, counts: npt.NDArray[np.int64], classes: Sequence[str]) 
                 va="center",
                 fontsize=8 if total < 10_000 else 7,
             )
+        axes.set(xlabel="taken for", ylabel="is")
+        if many:
+            axes.set(xticks=[], yticks=[])
+            return
         said = [f"{called[:15]}…" if len(called) > 16 else called for called in classes]
         upright = C * max(map(len, said)) > 40  # names that would run into one another
         axes.set_xticks(range(C), said, rotation=90 if upright else 0)
         axes.set_yticks(range(C), said)
-        axes.set(xlabel="taken for", ylabel="is")
 
     right = int(np.trace(counts))
     recall = np.diag(share)

@@ -64,6 +64,13 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def test_many_classes_are_a_picture_without_names() -> None:
+    names = [f"class{k}" for k in range(500)]
+    chart = figures.confusion("many", np.diag(np.arange(1, 501)), names)
+    assert "class" not in re.sub(r"<svg[^>]*>", "", chart.svg).replace("class=", "")
+    assert "Class class0 is recognised" in chart.alt
+
+
 def test_two_figures_share_no_id() -> None:
     ids = [i for chart in charts() for i in re.findall(r'\bid="([^"]+)"', chart.svg)]
     assert len(ids) == len(set(ids)) > 50
