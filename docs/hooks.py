@@ -102,10 +102,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html_: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML."""
+    """Formulas as MathML; of those on a line of their own a narrow window scrolls what is wider."""
 
     def formula(found: re.Match[str]) -> str:
-        display = "block" if found[2] == "[" else "inline"
-        return convert(html.unescape(found[3]), display=display)
+        text = html.unescape(found[3]).replace(r"\mathbb R", "ℝ")  # browsers know no mathvariant
+        if found[2] == "(":
+            return convert(text)
+        shown = convert(text, display="block")
+        return f'<div style="overflow-x: auto; margin: 1em 0" tabindex="0">{shown}</div>'
 
     return _FORMULA.sub(formula, html_)

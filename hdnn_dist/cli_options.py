@@ -23,7 +23,8 @@ Set = Annotated[
 ]
 Resume = Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run instead.")]
 DataDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder of the MNIST files (data.dir).")
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of the MNIST files, or of a table's (data.dir)."),
 ]
 Address = Annotated[
     str | None,

@@ -100,28 +100,29 @@ def draw(
     spec: SpecArgument = None,
     overrides: Set = None,
     data_dir: DataDir = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A .png or .svg file to write.")] = Path(
-        "topology.png"
-    ),
+    out: Annotated[
+        str, typer.Option(metavar="FILE", help="A .png or .svg file to write.")
+    ] = "topology.png",
 ) -> None:
     """Draw who talks to whom, how much, and what each agent sees; run nothing.
 
     Colours are the actors in which this machine alone would place the agents.
     """
-    if out.suffix not in (".png", ".svg"):
+    if not out.lower().endswith((".png", ".svg")):
         raise UserError(f"--out: {out} is neither a .png nor an .svg file", "name one of these")
     job = load_job(spec, changes_of(overrides, data_dir))
 
     from hdnn_dist.check import examine, this_machine
     from hdnn_dist.drawing import topology
     from hdnn_dist.run import check_can_be_made
-    from hdnn_dist.storage import write
+    from hdnn_dist.storage import place, write
 
-    check_can_be_made(out.parent, "--out")
+    file = place(out)
+    check_can_be_made(file.parent, "--out")
     report = examine(job, [this_machine()])
     chart = topology(job, [agent.actor for agent in report.agents])
-    write(out, chart.svg_file if out.suffix == ".svg" else chart.png)
-    print(f"{chart.alt}\n{out}")
+    write(file, chart.svg_file if out.lower().endswith(".svg") else chart.png)
+    print(f"{chart.alt}\n{file}")
 
 
 def counterexample(

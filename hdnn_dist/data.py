@@ -50,6 +50,7 @@ __all__ = [
     "Part",
     "View",
     "background",
+    "classes_of",
     "describe",
     "ensure_available",
     "epoch_order",
@@ -162,6 +163,11 @@ def describe(spec: DataSpec) -> DataInfo:
     return replace(info, train=train, test=test)
 
 
+def classes_of(spec: DataSpec) -> tuple[str, ...]:
+    """What the classes are called, in order: as a table's owner names them, else by number."""
+    return class_names(spec) or tuple(map(str, range(describe(spec).classes)))
+
+
 def _check_targets(spec: DataSpec) -> None:
     loc = ("data", "targets")
     if spec.targets is None:
@@ -191,8 +197,8 @@ def split_features(spec: DataSpec, info: DataInfo, names: Sequence[str]) -> tupl
     """
     split = spec.split
     if isinstance(split, ColumnSplit):
-        split = _by_index(spec, split)
-    if isinstance(split, IndexSplit):
+        views = _explicit(_by_index(spec, split, names), info, names)
+    elif isinstance(split, IndexSplit):
         views = _explicit(split, info, names)
     else:
         seers = names if split.agents is None else split.agents
@@ -234,17 +240,22 @@ def split_targets(
     return tuple(tuple(place[t] for t in spec.targets.get(name, ())) for name in names)
 
 
-def _by_index(spec: DataSpec, split: ColumnSplit) -> IndexSplit:
-    """The split with columns by their numbers."""
+def _by_index(spec: DataSpec, split: ColumnSplit, agents: Sequence[str]) -> IndexSplit:
+    """The split with columns by their numbers; what is wrong with it is told of the names."""
     loc = ("data", "split", "columns")
     if spec.name != "table":
         raise SpecError(loc, f"{spec.name} has no names of columns", "use a split of kind indices")
+    _check_names(loc, split.columns, agents)
+    if not any(split.columns.values()):
+        raise SpecError(loc, "no agent sees any input", "give at least one agent a column")
     place = {name: k for k, name in enumerate(describe_table(spec).names)}
     for agent, names in split.columns.items():
         for k, name in enumerate(names):
             if name not in place:
                 problem = f"the table has no feature {name!r}"
                 raise SpecError((*loc, agent, k), problem, did_you_mean(name, place))
+            if name in names[:k]:
+                raise SpecError((*loc, agent, k), f"{name!r} comes twice", "list it once")
     return IndexSplit(
         kind="indices",
         indices={agent: [place[name] for name in names] for agent, names in split.columns.items()},
@@ -282,7 +293,9 @@ def _parts(split: AutoSplit | PatchSplit | StripeSplit, info: DataInfo, seers: i
         return [View(tuple(run.tolist())) for run in np.array_split(range(info.features), seers)]
     if info.image is None:
         raise SpecError(
-            kind, f"{info.name} is not a set of images", "use a split of kind auto or indices"
+            kind,
+            f"{info.name} is not a set of images",
+            "use a split of kind auto or indices, or of a table columns",
         )
     raster = np.arange(info.features).reshape(info.image)
     if isinstance(split, StripeSplit):

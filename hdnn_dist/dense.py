@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hdnn_dist.api import load
 from hdnn_dist.checkpoint import latest_checkpoint, write_json
-from hdnn_dist.data import PIXELS, moments, target_moments
+from hdnn_dist.data import PIXELS, classes_of, moments, target_moments
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
 from hdnn_dist.model import HDNN
@@ -149,7 +149,8 @@ def _description(job: Job, step: int) -> dict[str, Any]:
 def _output(job: Job) -> dict[str, Any]:
     names = job.data.targets
     if not names:
-        return {"is": "scores; softmax: probabilities"}
+        classes = classes_of(job.spec.data)
+        return {"is": "scores; softmax: probabilities", "classes": list(classes)}
     mean, std = (column.tolist() for column in target_moments(job.spec.data, names))
     told = "standardised targets: in their units std * output + mean"
     return {"is": told, "targets": list(names), "mean": mean, "std": std}

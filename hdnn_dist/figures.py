@@ -53,12 +53,13 @@ DARK = {
 }
 SERIES = [name for name in LIGHT if name.startswith("c")]
 STYLES = ("-", "--", "-.", ":")
-SHOWN = 64  # agents up to which a figure says who they are
+SHOWN = 64  # agents, or classes, up to which a figure says who they are
 LISTED = 16  # agents up to which alternative text says the time of all
 POINTS = 300  # of a curve at most
 DOTS = 2000  # of a cloud at most
 _FLOOR, _CEILING = 1e-200, 1e200  # what is lower or higher is drawn at these
 _RC: dict[Any, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": LIGHT["soft"],
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -382,19 +383,24 @@ def times(name: str, agents: Sequence[str], seconds: Sequence[Sequence[float]]) 
 # --- right and wrong -----------------------------------------------------------------------------
 
 
-def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
-    """How often samples of each class (rows) were taken for each class (columns)."""
+def confusion(name: str, counts: npt.NDArray[np.int64], classes: Sequence[str]) -> Chart:
+    """How often samples of each class (rows) were taken for each class (columns).
+
+    Args:
+        name: of the chart.
+        counts: of samples.
+        classes: what they are called.
+    """
     C, total = len(counts), int(counts.sum())
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    many = C > SHOWN
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
         axes.set_aspect("equal")
         axes.set(xlim=(-0.5, C - 0.5), ylim=(C - 0.5, -0.5))
-        for true, taken in np.ndindex(C, C):
-            if not counts[true, taken]:
-                continue
+        for true, taken in np.argwhere(counts):
             colour = LIGHT["c2" if true == taken else "c1"]
             # A single mistake has to be seen.
             alpha = 0.15 + 0.45 * float(share[true, taken])
@@ -402,6 +408,8 @@ def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
             axes.add_patch(
                 Rectangle(corner, 0.94, 0.94, facecolor=colour, alpha=alpha, linewidth=0)
             )
+            if many:
+                continue
             axes.text(
                 taken,
                 true,
@@ -410,7 +418,14 @@ def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
                 va="center",
                 fontsize=8 if total < 10_000 else 7,
             )
-        axes.set(xlabel="taken for", ylabel="is", xticks=range(C), yticks=range(C))
+        axes.set(xlabel="taken for", ylabel="is")
+        if many:
+            axes.set(xticks=[], yticks=[])
+            return
+        said = [f"{called[:15]}…" if len(called) > 16 else called for called in classes]
+        upright = C * max(map(len, said)) > 40  # names that would run into one another
+        axes.set_xticks(range(C), said, rotation=90 if upright else 0)
+        axes.set_yticks(range(C), said)
 
     right = int(np.trace(counts))
     recall = np.diag(share)
@@ -418,12 +433,15 @@ def confusion(name: str, counts: npt.NDArray[np.int64]) -> Chart:
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:5]
     pairs = [(int(k) // C, int(k) % C) for k in order if wrong.flat[k]]
-    mistakes = ", ".join(f"{i} taken for {j} ({wrong[i, j]})" for i, j in pairs) or "none"
+    mistakes = (
+        ", ".join(f"{classes[i]} taken for {classes[j]} ({wrong[i, j]})" for i, j in pairs)
+        or "none"
+    )
     title = "Confusion matrix"
     alt = (
         f"{title} of {total} test samples, {right} of them right ({right / total:.2%}). Class "
-        f"{worst} is recognised least often ({recall[worst]:.1%}). Most frequent mistakes: "
-        f"{mistakes}."
+        f"{classes[worst]} is recognised least often ({recall[worst]:.1%}). Most frequent "
+        f"mistakes: {mistakes}."
     )
     return chart(name, title, alt, draw, (4.3, 4.0))
 

@@ -29,7 +29,13 @@ from hdnn_dist.api import open_run
 from hdnn_dist.check import Report, examine, this_machine
 from hdnn_dist.checkpoint import latest_checkpoint
 from hdnn_dist.console import duration, scores, size
-from hdnn_dist.data import load_features, load_labels, load_targets, target_moments
+from hdnn_dist.data import (
+    classes_of,
+    load_features,
+    load_labels,
+    load_targets,
+    target_moments,
+)
 from hdnn_dist.errors import UserError, on_a_line
 from hdnn_dist.figures import Chart, Curve
 from hdnn_dist.job import Job
@@ -53,15 +59,15 @@ class Wrong:
 
     Attributes:
         index: in the test set.
-        label, taken: its class, and the one that it is taken for.
+        label, taken: what its class is called, and the one that it is taken for.
         share, believed: the probabilities of these.
         picture: as a PNG data URI; None for what is no image.
         values: of its features, where it is no image.
     """
 
     index: int
-    label: int
-    taken: int
+    label: str
+    taken: str
     share: float
     believed: float
     picture: str | None
@@ -299,13 +305,13 @@ def _wrong(
     taken: npt.NDArray[np.intp],
     probabilities: npt.NDArray[np.float64],
 ) -> Iterator[Wrong]:
-    image = job.data.image
+    image, classes = job.data.image, classes_of(job.spec.data)
     x_BF = load_features(job.spec.data, "test", range(job.data.features))
     for k in least:
         yield Wrong(
             index=int(k),
-            label=int(labels[k]),
-            taken=int(taken[k]),
+            label=classes[labels[k]],
+            taken=classes[taken[k]],
             share=float(probabilities[k, labels[k]]),
             believed=float(probabilities[k, taken[k]]),
             picture=None if image is None else _picture(x_BF[k].reshape(image)),
@@ -476,7 +482,9 @@ def _times(name: str, run: Shown) -> Chart | str:
 
 
 def _confusion(name: str, run: Shown) -> Chart | None:
-    return None if run.counts is None else figures.confusion(name, run.counts)
+    if run.counts is None:
+        return None
+    return figures.confusion(name, run.counts, classes_of(run.job.spec.data))
 
 
 def _fit(name: str, run: Shown) -> Chart | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,13 +70,16 @@ def describe_table(spec: DataSpec) -> Table:
         raise SpecError(
             ("data", "dir"), "a table is read from a folder", "name it, with train.csv and test.csv"
         )
-    if class_names(spec) is None and spec.targets is None:
+    if spec.classes is None and spec.targets is None:
         raise SpecError(
             ("data", "classes"),
             "the classes of a table are not given",
             "list them, or say how many whole numbers from 0 there are; or name data.targets, "
             "columns of numbers to predict",
         )
+    if len(names := class_names(spec) or ()) > len(set(names)):
+        [(name, _)] = Counter(names).most_common(1)
+        raise SpecError(("data", "classes"), f"the class {name!r} is named twice", "name it once")
     (names, train), (others, test) = (_look(spec, part) for part in ("train", "test"))
     if set(names) != set(others):
         odd = sorted(set(names) ^ set(others))[0]
@@ -262,9 +266,14 @@ def _tensors(given: Samples) -> tuple[Tensor, Tensor]:
 
 def _file(spec: DataSpec, part: Part) -> Path:
     folder = Path(spec.dir or "")
-    for suffix in KINDS:
-        if (file := folder / f"{part}{suffix}").is_file():
-            return file
+    found = [file for suffix in KINDS if (file := folder / f"{part}{suffix}").is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"{folder} has several tables of the {part} set: {', '.join(f.name for f in found)}",
+            "leave the one that is meant there, and take the others away",
+        )
     raise DataError(
         f"there is no table of the {part} set in {folder}",
         f"put it there as one of {', '.join(part + suffix for suffix in KINDS)}",
@@ -276,6 +285,8 @@ def _look(spec: DataSpec, part: Part) -> tuple[tuple[str, ...], int]:
     file, targets = _file(spec, part), target_names(spec)
     stat = file.stat()
     names, n = _header(file, stat.st_mtime_ns, stat.st_size)
+    if len(set(names)) < len(names):
+        raise DataError(f"{file} has two columns of one name", "give each a name of its own")
     if file.suffix != ".safetensors":
         key, ours = ("target", (spec.target,)) if spec.targets is None else ("targets", targets)
         _check_there(file, key, ours, names)
@@ -290,8 +301,6 @@ def _look(spec: DataSpec, part: Part) -> tuple[tuple[str, ...], int]:
                 "name data.targets, not data.classes" if there else "give data.classes",
             )
         _check_there(file, "targets", targets, there)
-    if len(set(names)) < len(names):
-        raise DataError(f"{file} has two columns of one name", "give each a name of its own")
     if not (0 < n * len(names) <= MAX_NUMBERS):
         raise DataError(
             f"{file} has {n} samples of {len(names)} features",
@@ -335,9 +344,14 @@ def _header(file: Path, changed: int, length: int) -> tuple[tuple[str, ...], int
             with file.open(newline="", encoding="utf-8-sig") as stream:
                 lines = csv.reader(stream)
                 names = tuple(name.strip() for name in next(lines, []))
-                return names, sum(1 for line in lines if line)
+                n = sum(1 for line in lines if line)
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{file}: {error}", "write it as CSV in UTF-8") from None
+        if not names:
+            raise DataError(
+                f"{file} does not begin with a line of names", "write one, then a sample a line"
+            )
+        return names, n
     if file.suffix == ".parquet":
         meta = _parquet(file).metadata
         return tuple(meta.schema.to_arrow_schema().names), int(meta.num_rows)

@@ -34,6 +34,7 @@ from matplotlib.image import imread
 from hdnn_dist import drawing, figures
 from hdnn_dist.agent import Evaluation, StepResult
 from hdnn_dist.checkpoint import write_json
+from hdnn_dist.data import classes_of
 from hdnn_dist.errors import UserError, on_a_line
 from hdnn_dist.figures import Chart
 from hdnn_dist.job import Job
@@ -102,7 +103,10 @@ class Tracker(Listener):
         told = {f"test/{name}": score for name, score in evaluation.scores.items()}
         self.numbers(step, {"test/loss": evaluation.loss, **told})
         if counts := evaluation.confusion:
-            self._waiting["confusion"] = lambda: figures.confusion("confusion", np.array(counts))
+            classes = classes_of(self._job.spec.data)
+            self._waiting["confusion"] = lambda: figures.confusion(
+                "confusion", np.array(counts), classes
+            )
         self._draw(step)
 
     def ended(self, summary: Summary) -> None:  # noqa: D102

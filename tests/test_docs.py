@@ -161,6 +161,9 @@ def test_every_block_of_a_page_does_what_it_says(
             fitted(block.text)
         else:
             assert block.language in ("", "text"), f"{block}: what is {block.language}?"
+            assert not re.search(r"^(hdnn-dist|make|pip|python)\b", block.text, re.MULTILINE), (
+                f"{block}: a command that is not run; say that it is sh"
+            )
 
 
 def obey(words: list[str], block: Block) -> None:

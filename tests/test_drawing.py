@@ -15,6 +15,7 @@ from matplotlib.transforms import Bbox
 from hdnn_dist import drawing
 from hdnn_dist.errors import UserError
 from hdnn_dist.job import Job
+from hdnn_dist.storage import place, read
 from tests.commands import hdnn
 
 GRID = {
@@ -139,5 +140,11 @@ def test_a_job_is_drawn_before_any_run(tmp_path: Path, capsys: pytest.CaptureFix
     style = ElementTree.parse(tmp_path / "drawn.svg").find("{http://www.w3.org/2000/svg}style")
     assert style is not None
     assert "prefers-color-scheme:dark" in (style.text or "")
+    for where in (f"{tmp_path}/other.SVG", f"file://{tmp_path}/by-url.svg", "memory://drawn.png"):
+        assert hdnn("topology", "draw", "--out", where) == 0
+    assert read(place("memory://drawn.png"), 1 << 20) == (tmp_path / "drawn.png").read_bytes()
+    svg = (tmp_path / "drawn.svg").read_bytes()
+    assert {(tmp_path / name).read_bytes() for name in ("other.SVG", "by-url.svg")} == {svg}
+    capsys.readouterr()
     assert hdnn("topology", "draw", "--out", tmp_path / "drawn.pdf") == 2
     assert "neither a .png nor an .svg" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def charts() -> list[Chart]:
         figures.gradients("gradients", [(k, [0.1, 0.0, math.nan]) for k in range(1, 20)]),
         figures.sensitivities("bsm", [[1.0, 2.0]] * 100, [400.0] * 100, 2),
         figures.times("times", ["a1", "a2"], [[1e-3, 0, 2e-3], [3e-3, 0, 0]]),
-        figures.confusion("confusion", np.array([[5, 1, 0], [0, 4, 2], [0, 0, 0]])),
+        figures.confusion("confusion", np.array([[5, 1, 0], [0, 4, 2], [0, 0, 0]]), "abc"),
     ]
 
 
@@ -64,6 +64,13 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def test_many_classes_are_a_picture_without_names() -> None:
+    names = [f"class{k}" for k in range(500)]
+    chart = figures.confusion("many", np.diag(np.arange(1, 501)), names)
+    assert "class" not in re.sub(r"<svg[^>]*>", "", chart.svg).replace("class=", "")
+    assert "Class class0 is recognised" in chart.alt
+
+
 def test_two_figures_share_no_id() -> None:
     ids = [i for chart in charts() for i in re.findall(r'\bid="([^"]+)"', chart.svg)]
     assert len(ids) == len(set(ids)) > 50
@@ -78,5 +85,5 @@ def test_alternative_text_says_the_numbers() -> None:
     assert "10^400.00" in bsm
     assert "a1: compute 1 ms, send 0 ms, wait 2 ms" in times
     assert "12 test samples, 9 of them right (75.00%)" in confusion
-    assert "Class 1 is recognised least often (66.7%)" in confusion
-    assert "1 taken for 2 (2), 0 taken for 1 (1)" in confusion
+    assert "Class b is recognised least often (66.7%)" in confusion
+    assert "b taken for c (2), a taken for b (1)" in confusion

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,7 +119,12 @@ def test_a_table_is_trained_evaluated_predicted_shown_and_exported(
         assert hdnn(*command) == 0, command
     rows = [line.split(",") for line in capsys.readouterr().out.splitlines()[-50:]]
     assert np.mean([int(row[1]) for row in rows] == y[100:]) > 0.9
-    told = json.loads((tmp_path / "run" / "export" / "model.json").read_text())["input"]
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert re.search(r"Most frequent mistakes: (virginica|versicolor|setosa) taken for [vs]", page)
+    assert re.search(r"^(virginica|versicolor), taken for (virginica|versicolor) \(", page, re.M)
+    exported = json.loads((tmp_path / "run" / "export" / "model.json").read_text())
+    assert exported["output"]["classes"] == CLASSES
+    told = exported["input"]
     features = torch.from_numpy((x[100:] - told["mean"]) / told["std"]).float()
     program = torch.export.load(tmp_path / "run" / "export" / "model.pt2").module()
     assert program(features).argmax(1).tolist() == [int(row[1]) for row in rows]
@@ -163,11 +169,13 @@ def section(folder: Path, **more: object) -> DataSpec:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "'t'"),
+        ("", "line of names"),
+        ("\n1,2\n", "line of names"),
         ("a,b\n1,2\n", "has no column 't'"),
         ("t\n1\n", "1 samples of 0 features"),
         ("a,t\n", "0 samples"),
         ("a,a,t\n1,2,0\n", "two columns of one name"),
+        ("a,t,t\n1,0,1\n", "two columns of one name"),
         ("a,t\nx,0\n", "could not convert string 'x'"),
         ("a,b,t\n1,2\n", "column"),
         ("a,t\nnan,0\n", "sample 1 has nan in column 'a'"),
@@ -195,6 +203,8 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             (tmp_path / f"{part}{suffix}").write_bytes(content)
         with pytest.raises(DataError, match=f"train{suffix}"):
             load_features(section(tmp_path), "train", [0])
+        for part in ("train", "test"):
+            (tmp_path / f"{part}{suffix}").unlink()
     for bad in (
         {"x": torch.zeros(3, 2)},
         {"x": torch.zeros(3), "y": torch.zeros(3)},
@@ -210,12 +220,23 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             load_features(section(tmp_path), "train", [0])
 
 
+def test_no_file_is_passed_over_for_another_of_the_same_part(tmp_path: Path) -> None:
+    write_csv(tmp_path, *iris())
+    write_arrays(tmp_path, *iris())
+    with pytest.raises(DataError, match=r"several tables of the train set: .*csv, .*safetensors"):
+        Job.load(spec(tmp_path))
+
+
 def test_a_table_that_does_not_fit_the_job_is_refused(tmp_path: Path) -> None:
     write_csv(tmp_path, *iris())
     views = {"a": ["petal length"], "b": ["petal lenght"]}
     for more, says in (
         ({"split": {"kind": "columns", "columns": views}}, "did you mean 'petal length'"),
+        ({"split": {"kind": "columns", "columns": {"d": NAMES}}}, "columns.d: there is no agent"),
+        ({"split": {"kind": "columns", "columns": {"a": []}}}, "columns: no agent sees"),
+        ({"split": {"kind": "columns", "columns": {"a": NAMES[:1] * 2}}}, "a.1: .* comes twice"),
         ({"target": "specie"}, "did you mean 'species'"),
+        ({"classes": [*CLASSES, CLASSES[0]]}, "the class 'setosa' is named twice"),
         ({"classes": None}, "classes of a table are not given"),
         ({"dir": None}, "read from a folder"),
         ({"train_samples": 101}, "101 samples asked for"),
