@@ -139,6 +139,11 @@ def contestants(size: Size, compiled: bool = False) -> dict[str, Run]:
     return calls
 
 
+def chosen(size: Size, device: torch.device) -> str:
+    """The formulation that the engine takes."""
+    return "rows" if engine.rows_are_faster(size.pattern, size.d, size.batch, device) else "dense"
+
+
 def table(sizes: dict[str, Size], o: Namespace) -> str:
     """Times, ratios and the share of the machine's rate, as Markdown."""
     rate = product_rate()
@@ -156,7 +161,7 @@ def table(sizes: dict[str, Size], o: Namespace) -> str:
         for other in others:
             torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
         times = alternated(calls, o.rounds if size.with_reference else max(3, o.rounds // 20))
-        best = "rows" if engine.rows_are_faster(size.pattern, size.d, size.batch) else "dense"
+        best = chosen(size, torch.device("cpu"))
         density = size.pattern.nnz / size.pattern.size**2
         for formulation, seconds in times.items():
             ratios = [

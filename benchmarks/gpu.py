@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from engine import SIZES, Size, contestants
+from engine import SIZES, Size, chosen, contestants
 from timing import Call, alternated, machine, product_rate
 
 from hdnn_dist.capture import Captured, cuda_graph
@@ -62,11 +62,12 @@ def stacks(turns: int, peak: float) -> None:
         recorded = {key: cuda_graph(call) for key, call in calls.items()}
         graphs = alternated(recorded, turns, clock, 10)
         density = size.pattern.nnz / size.pattern.size**2
+        best = chosen(size, torch.device("cuda"))
         for key, seconds in graphs.items():
             ratio = f"{graphs['masked'] / seconds:.2f}" if "masked" in graphs else "-"
             print(
-                f"| {name} | {key} | {eager[key] * 1e3:.3f} | {seconds * 1e3:.3f} | {ratio} "
-                f"| {size.flops / seconds / peak:.1%} "
+                f"| {name} | {key}{'*' * (key == best)} | {eager[key] * 1e3:.3f} "
+                f"| {seconds * 1e3:.3f} | {ratio} | {size.flops / seconds / peak:.1%} "
                 f"| {seconds / graphs['dense'] / density:.2f} | {errors[key]:.0e} |",
                 flush=True,
             )

@@ -89,16 +89,21 @@ class Rows:
         return columns.reshape(1, self.agents, 1, -1).expand(layers, -1, self.d, -1)
 
 
-def rows_are_faster(pattern: BlockPattern, d: int, batch: int) -> bool:
+def rows_are_faster(pattern: BlockPattern, d: int, batch: int, device: torch.device) -> bool:
     """Whether products by rows cost less than dense ones, by a model in products of two numbers.
 
-    Fitted to one core of the machine of docs/performance.md: batched products of small blocks run
-    at `1 / (1.1 + 4/d)` of the rate of large ones, a number that is gathered or scattered costs six
-    products, and the calls 1e5 products a half step.
+    Fitted to the machines of docs/performance.md. One core: batched products of small blocks run at
+    `1 / (1.1 + 4/d)` of the rate of large ones, a number that is gathered or scattered costs six
+    products, and the calls 1e5 products a half step. A GPU makes far more products in the time that
+    a number or a call takes, with TF32 eight times as many again.
     """
     M, n = pattern.size, pattern.size * d
     read = M * d * max(map(len, pattern.rows))
-    return bool(read * (1.1 * d + 10) + 1e5 / batch < n * n)
+    number, calls = 10.0, 1e5
+    if device.type == "cuda":
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        number, calls = (800.0, 2.4e9) if tf32 else (100.0, 3e8)
+    return bool(read * (1.1 * d + number) + calls / batch < n * n)
 
 
 @dataclass(frozen=True)

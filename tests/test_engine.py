@@ -181,6 +181,23 @@ def test_the_fast_dense_model_is_the_plain_one(
 
 def test_rows_are_chosen_for_many_agents_and_not_for_a_star() -> None:
     ring = BlockPattern.of(64, ((i, (i + k) % 64) for i in range(64) for k in (-1, 0, 1)))
-    assert engine.rows_are_faster(ring, 64, 128)
-    assert not engine.rows_are_faster(STAR, 64, 128)
-    assert not engine.rows_are_faster(BlockPattern.identity(1), 8, 128)
+    cpu = torch.device("cpu")
+    assert engine.rows_are_faster(ring, 64, 128, cpu)
+    assert not engine.rows_are_faster(STAR, 64, 128, cpu)
+    assert not engine.rows_are_faster(BlockPattern.identity(1), 8, 128, cpu)
+
+
+def test_a_gpu_wants_larger_blocks_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As measured: docs/performance.md."""
+    rings = [
+        BlockPattern.of(M, ((i, (i + k) % M) for i in range(M) for k in (-1, 0, 1)))
+        for M in (8, 64)
+    ]
+    cases = [(rings[0], 16, 512), (rings[0], 128, 4096), (rings[1], 64, 2048)]
+
+    def faster() -> list[bool]:
+        return [engine.rows_are_faster(*case, torch.device("cuda")) for case in cases]
+
+    assert faster() == [False, True, True]
+    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "high")
+    assert faster() == [False, False, True]
