@@ -85,23 +85,24 @@ def agents(data_dir: Path, turns: int, peak: float) -> None:
             settings = f"topology.d={d}", f"training.batch_size={batch}", f"cluster.device={device}"
             return LocalRunner(Job.load(SPEC, [f"data.dir={data_dir.absolute()}", *settings]))
 
-        worker, calls = runner("cuda").worker, dict[str, Call]()
-        worker.load_data()
-        assert isinstance(worker.transport, InProcess)
-        rounds, graphs = worker.job.plan.differentiation, dict[str, Captured]()
-        with torch.no_grad():
-            for how, side_by_side in ("in turn", False), ("side by side", True):
-                graphs[how] = Captured(
-                    worker.agents, worker.transport, rounds, step=0, side_by_side=side_by_side
-                )
+        calls: dict[str, Call] = {}
         if d * d * batch <= 16 * 16 * 4096:
-            on_cpu = runner("cpu").worker
-            on_cpu.load_data()
-            calls["CPU, 1 thread"] = partial(on_cpu.train, 1)
-        calls["GPU, one by one"] = partial(step, worker, None)
-        for how, captured in graphs.items():
-            calls[f"GPU, graph, {how}"] = partial(step, worker, captured)
-            calls[f"of it, the graph, {how}"] = captured._replay
+            calls["CPU, 1 thread"] = partial(ready(runner("cpu")).train, 1)
+        worker = ready(runner("cuda"))
+        calls["GPU, one by one"] = partial(step, worker)
+        for how, side_by_side in ("in turn", False), ("side by side", True):
+            worker = ready(runner("cuda"))  # of its own: a graph draws for the step that comes next
+            assert isinstance(worker.transport, InProcess)
+            with torch.no_grad():
+                worker._captured = Captured(
+                    worker.agents,
+                    worker.transport,
+                    worker.job.plan.differentiation,
+                    step=0,
+                    side_by_side=side_by_side,
+                )
+            calls[f"GPU, graph, {how}"] = partial(step, worker)
+            calls[f"of it, the graph, {how}"] = worker._captured._replay
         calls["drawing, meanwhile"] = partial(draw, worker)
         times = alternated(calls, turns, clock, 4)
         flops = sum(f * n for work in work_of(worker.job) for f, n in work.products.items())
@@ -114,16 +115,22 @@ def agents(data_dir: Path, turns: int, peak: float) -> None:
             )
 
 
-def step(worker: Worker, captured: Captured | None) -> None:
-    """Take a training step, with a recorded graph or without."""
-    worker._captured, worker._may_capture = captured, False
+def ready(runner: LocalRunner) -> Worker:
+    """Its worker, with its data read."""
+    runner.worker.load_data()
+    return runner.worker
+
+
+def step(worker: Worker) -> None:
+    """Take a training step, with a recorded graph if there is one."""
+    worker._may_capture = False
     worker.train(1)
 
 
 def draw(worker: Worker) -> None:
-    """Have all agents draw a batch."""
+    """Have all agents draw the batch of the step that comes next."""
     for agent in worker.agents.values():
-        agent.draw(1)
+        agent.draw(worker.step)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,8 @@
 
 An agent's step is hundreds of small operations, whose launch takes longer than they do. As their
 shapes are the same in every step, they are recorded once, and from then on launched all at once, on
-inputs in the same memory. An agent's operations wait for its own and for the messages that it is
-sent, and for nothing else, so that agents compute side by side.
+inputs in the same memory. An agent's operations wait for the messages that it is sent, later for
+those who read its own, and for no others, so that agents compute side by side.
 """
 
 from __future__ import annotations
@@ -87,8 +87,10 @@ class Captured:
         samples = next(iter(self._batches.values()))[0].shape[1]
         if self._side_by_side:
             streams = _Streams(self._transport, actions)
-            drive(streams.actions, streams, samples, self._rounds)
-            streams.join()
+            try:
+                drive(streams.actions, streams, samples, self._rounds)
+            finally:  # what takes the step in its place is not to overtake it
+                streams.join()
         else:
             drive(actions, self._transport, samples, self._rounds)
         finite = torch.stack([agent.node.finite() for agent in self._agents.values()])
@@ -164,7 +166,7 @@ class _Streams(Relay):
         for (_, target), maker in self._makers.items():
             maker.wait_event(self._done[target])
         sources = {link[0] for link in mail}
-        if self._is_rounded(phase):  # for all agents at once
+        if self._is_rounded(phase):  # for all agents at once, who wait for it
             for source in sources:
                 self._all.wait_event(self._done[source])
             arrived = super().exchange(phase, mail, batch)

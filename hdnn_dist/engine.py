@@ -89,7 +89,9 @@ class Rows:
         return columns.reshape(1, self.agents, 1, -1).expand(layers, -1, self.d, -1)
 
 
-def rows_are_faster(pattern: BlockPattern, d: int, batch: int, device: torch.device) -> bool:
+def rows_are_faster(
+    pattern: BlockPattern, d: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> bool:
     """Whether products by rows cost less than dense ones, by a model in products of two numbers.
 
     Fitted to the machines of docs/performance.md. One core: batched products of small blocks run at
@@ -99,11 +101,17 @@ def rows_are_faster(pattern: BlockPattern, d: int, batch: int, device: torch.dev
     """
     M, n = pattern.size, pattern.size * d
     read = M * d * max(map(len, pattern.rows))
-    number, calls = 10.0, 1e5
+    number, calls = 10.0, 1e5  # six, and the four of 1.1 + 4/d
     if device.type == "cuda":
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-        number, calls = (800.0, 2.4e9) if tf32 else (100.0, 3e8)
+        number, calls = (800.0, 2.4e9) if _by_tf32(dtype) else (100.0, 3e8)
     return bool(read * (1.1 * d + number) + calls / batch < n * n)
+
+
+def _by_tf32(dtype: torch.dtype) -> bool:
+    """Whether a GPU rounds the factors of products to TF32, in whichever way torch was told to."""
+    told = torch.backends.cuda.matmul
+    newer = getattr(told, "fp32_precision", None)  # where it was told so, the older name raises
+    return dtype == torch.float32 and (told.allow_tf32 if newer is None else newer == "tf32")
 
 
 @dataclass(frozen=True)

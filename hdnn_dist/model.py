@@ -221,7 +221,7 @@ class HDNN(nn.Module):
         weights, sizes, rows = self._named(), set(patterns.sizes), None
         if member.name in ("H2", "MS3") and not self.architecture.coupling and len(sizes) == 1:
             [d] = sizes
-            if engine.rows_are_faster(patterns.K, d, len(y), y.device):
+            if engine.rows_are_faster(patterns.K, d, len(y), y.device, y.dtype):
                 rows = engine.Rows.of(patterns.K, d, y.device)
                 weights |= {name: rows.take(weights[name]) for name in member.matrices}
         stack = engine.Stack.of(member, bool(self.architecture.coupling), rows)

@@ -82,6 +82,19 @@ def test_recorded_steps_are_those_taken_one_by_one(device: torch.device, activat
             assert torch.equal(mine.state()[key], value), f"{mine.name}: {key}"
 
 
+def test_the_next_batch_is_drawn_once_and_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, draw, drawn = worker(CPU), Agent.draw, Counter[int]()
+
+    def counted(agent: Agent, step: int) -> list[torch.Tensor]:
+        drawn[step] += 1
+        return draw(agent, step)
+
+    monkeypatch.setattr(Agent, "draw", counted)
+    of._captured = captured(of)  # with the batch of step 7
+    of.train(3)
+    assert drawn == dict.fromkeys([0, 1, 2, 3, 7], 8)
+
+
 def test_a_state_that_is_not_finite_is_found_all_the_same(device: torch.device) -> None:
     """And steps after it are taken as if nothing had happened."""
     settings = "training.on_nonfinite=skip", "model.activation=relu", "training.dtype=float32"

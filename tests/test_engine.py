@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -181,23 +182,39 @@ def test_the_fast_dense_model_is_the_plain_one(
 
 def test_rows_are_chosen_for_many_agents_and_not_for_a_star() -> None:
     ring = BlockPattern.of(64, ((i, (i + k) % 64) for i in range(64) for k in (-1, 0, 1)))
-    cpu = torch.device("cpu")
-    assert engine.rows_are_faster(ring, 64, 128, cpu)
-    assert not engine.rows_are_faster(STAR, 64, 128, cpu)
-    assert not engine.rows_are_faster(BlockPattern.identity(1), 8, 128, cpu)
+    on = torch.device("cpu"), torch.float32
+    assert engine.rows_are_faster(ring, 64, 128, *on)
+    assert not engine.rows_are_faster(STAR, 64, 128, *on)
+    assert not engine.rows_are_faster(BlockPattern.identity(1), 8, 128, *on)
 
 
-def test_a_gpu_wants_larger_blocks_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["older", "newer"])
+def tf32(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Have torch use TF32, as it is told today or as it was."""
+    told = torch.backends.cuda.matmul
+    if request.param == "older":
+        yield lambda: torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest")
+    elif hasattr(told, "fp32_precision"):
+        before = told.fp32_precision
+        yield lambda: setattr(told, "fp32_precision", "tf32")
+        told.fp32_precision = before
+    else:
+        pytest.skip(f"torch {torch.__version__} has but the older way")
+
+
+def test_a_gpu_wants_larger_blocks_for_rows(tf32: Callable[[], None]) -> None:
     """As measured: docs/performance.md."""
-    rings = [
-        BlockPattern.of(M, ((i, (i + k) % M) for i in range(M) for k in (-1, 0, 1)))
-        for M in (8, 64)
-    ]
-    cases = [(rings[0], 16, 512), (rings[0], 128, 4096), (rings[1], 64, 2048)]
+    near = (-1, 0, 1)
+    small, large = (
+        BlockPattern.of(M, ((i, (i + k) % M) for i in range(M) for k in near)) for M in (8, 64)
+    )
+    cases = [(small, 16, 512), (small, 128, 4096), (large, 64, 2048)]
 
-    def faster() -> list[bool]:
-        return [engine.rows_are_faster(*case, torch.device("cuda")) for case in cases]
+    def faster(dtype: torch.dtype) -> list[bool]:
+        return [engine.rows_are_faster(*case, torch.device("cuda"), dtype) for case in cases]
 
-    assert faster() == [False, True, True]
-    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "high")
-    assert faster() == [False, False, True]
+    assert faster(torch.float32) == [False, True, True]
+    tf32()
+    assert faster(torch.float32) == [False, False, True]
+    assert faster(torch.float64) == [False, True, True]
