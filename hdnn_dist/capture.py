@@ -132,9 +132,10 @@ class _Streams(Relay):
         actions: the same, each on its agent's stream.
     """
 
+    inner: InProcess
+
     def __init__(self, inner: InProcess, actions: Mapping[int, Exchange[None]]) -> None:
         super().__init__(inner)
-        self._is_rounded = inner.is_rounded
         self._all = torch.cuda.current_stream()
         begun = self._all.record_event()
         self._own = {i: torch.cuda.Stream() for i in actions}
@@ -166,7 +167,7 @@ class _Streams(Relay):
         for (_, target), maker in self._makers.items():
             maker.wait_event(self._done[target])
         sources = {link[0] for link in mail}
-        if self._is_rounded(phase):  # for all agents at once, who wait for it
+        if self.inner.is_rounded(phase):  # for all agents at once, who wait for it
             for source in sources:
                 self._all.wait_event(self._done[source])
             arrived = super().exchange(phase, mail, batch)

@@ -434,27 +434,27 @@ class Relay:
     """A transport that has another do what it does not do itself."""
 
     def __init__(self, inner: Transport) -> None:
-        self._inner = inner
+        self.inner = inner
         self.names, self.border = inner.names, inner.border
 
     @property
     def sent(self) -> Counter[tuple[int, int]]:
         """See `Transport`; so too below."""
-        return self._inner.sent
+        return self.inner.sent
 
     @property
     def waited(self) -> float:  # noqa: D102
-        return self._inner.waited
+        return self.inner.waited
 
     @property
     def waited_for(self) -> dict[int, float]:  # noqa: D102
-        return self._inner.waited_for
+        return self.inner.waited_for
 
     def post(self, phase: Round, mail: Mail, batch: int) -> None:  # noqa: D102
-        self._inner.post(phase, mail, batch)
+        self.inner.post(phase, mail, batch)
 
     def exchange(self, phase: Round, mail: Mail, batch: int) -> Mail:  # noqa: D102
-        return self._inner.exchange(phase, mail, batch)
+        return self.inner.exchange(phase, mail, batch)
 
 
 class Staged(Relay):
@@ -465,9 +465,11 @@ class Staged(Relay):
         device: where messages to agents here are put.
     """
 
+    inner: PointToPoint
+
     def __init__(self, inner: PointToPoint, device: torch.device) -> None:
         super().__init__(inner)
-        self.inner, self.device = inner, device
+        self.device = device
         self.border = frozenset()
         self._here = {i for i, rank in enumerate(inner.host) if rank == inner.rank}
 
